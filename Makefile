@@ -1,0 +1,28 @@
+# Each target makes the virtual environment first when it is missing or older than what defines it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test bench lint
+
+demo: $(READY)
+	$(BIN)/smca demo
+
+# In parallel where there is no GPU to share. Each process holds a torch of its own, so not on all of many cores.
+test: $(READY)
+	$(BIN)/python -m pytest -n $$($(BIN)/python -c "import torch; print(0 if torch.cuda.is_available() else 'auto')") \
+		--maxprocesses 8
+
+bench: $(READY)
+	$(BIN)/smca bench
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[model,demo,test,dev]" -c constraints.txt
+	touch $@

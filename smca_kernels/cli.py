@@ -1,0 +1,56 @@
+"""The console script `smca`: a table of subcommands, each imported only when it is chosen.
+
+A subcommand's module defines `add_arguments(parser)` and `run(args)`, which returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import __version__
+
+# name: (module, what it does)
+COMMANDS = {
+    "demo": ("smca_kernels.demo", "the layer on two photographs: parity, time, memory and a picture"),
+    "parity": ("smca_kernels.parity", "check every backend here against PyTorch in float64"),
+    "cost": ("smca_kernels.static_cost", "compile the kernels without a GPU and count their instructions"),
+    "bench": ("benchmarks.bench_attention", "time and memory of every backend here against naive PyTorch"),
+    "env": ("smca_kernels.environment", "versions, devices and the backend of each dtype, for a bug report"),
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `smca` with the given arguments (default: those of the process) and return its exit status.
+
+    A subcommand's ValueError is told as ``smca NAME: error: …`` with exit status 2.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    description = "Spatially modulated co-attention (SMCA) for DETR decoders."
+    parser = argparse.ArgumentParser(prog="smca", description=description)
+    parser.add_argument("--version", action="version", version=f"smca_kernels {__version__}")
+    subparsers = parser.add_subparsers(title="subcommands", dest="name", metavar="NAME", required=True)
+    try:
+        for name, (module_name, purpose) in COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=purpose, description=purpose)
+            if name == chosen:
+                module = import_module(module_name)
+                module.add_arguments(subparser)
+        args = parser.parse_args(arguments)
+        status: int = module.run(args)
+        sys.stdout.flush()
+        return status
+    except ValueError as error:
+        print(f"smca {chosen}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads the output (`smca cost | head`) has had enough; the flush at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

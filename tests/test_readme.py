@@ -1,0 +1,57 @@
+"""What README.md shows is run here as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def code_block(language: str) -> str:
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return block
+
+
+def decoder_layer(sign: str) -> Any:
+    """The diff's class before (sign "-") or after ("+") the change, run."""
+    lines = [line[1:] for line in code_block("diff").splitlines() if line[:1] in (" ", sign, "")]
+    namespace: dict[str, Any] = {"nn": nn}
+    exec("\n".join(lines), namespace)
+    return namespace["DecoderLayer"]
+
+
+def test_the_example_of_the_operator_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, Any] = {}
+    exec(code_block("python"), namespace)
+    assert namespace["output"].shape == (2, 8, 300, 32)
+    assert namespace["query"].grad.isfinite().all()
+    assert str(namespace["explain_backend"](*namespace["inputs"])) in capsys.readouterr().out
+
+
+def test_the_decoder_layer_runs_before_and_after_the_change() -> None:
+    tgt, query_pos = torch.randn(2, 5, 1, 64)
+    memory, pos = torch.randn(2, 12, 1, 64)
+    padding = torch.zeros(1, 12, dtype=torch.bool)
+    before = decoder_layer("-")(64, 4)(tgt, memory, pos, query_pos, padding)
+    first, later = decoder_layer("+")(64, 4), decoder_layer("+")(64, 4)
+    hidden, logits = first(tgt, memory, pos, query_pos, padding, [(3, 4)])
+    after, logits_later = later(hidden, memory, pos, query_pos, padding, [(3, 4)], logits)
+    assert after.shape == before.shape
+    assert torch.equal(logits_later, logits)
+
+
+def test_the_change_to_the_decoder_layer_adds_ten_lines() -> None:
+    added = [line for line in code_block("diff").splitlines() if line.startswith("+") and line != "+"]
+    assert len(added) <= 10
+
+
+def test_files_that_the_readme_links_to_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
