@@ -1,0 +1,98 @@
+"""SMCA co-attention in plain PyTorch, equation by equation: this file defines what is correct.
+
+    logG[k] = -(p_x (x - c_x)² + p_y (y - c_y)²)        log of the spatial prior (Eq. 3), in cells of each scale's grid
+    P_s     = softmax_k(scale · q·k + logG)             over the keys of scale s alone (Eq. 6)
+    out     = Σ_s α_s Σ_k P_s[k] v[k]                   scale-selection weights α (Eq. 7–9)
+
+Source: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021.
+It builds every queries × keys tensor, in any floating dtype, and is differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SpatialShapes = tuple[tuple[int, int], ...]
+
+
+def cell_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Column x and row y of every cell of a grid, row-major: two tensors [height · width] on `like`'s device and dtype."""
+    y = torch.arange(height, device=like.device, dtype=like.dtype).repeat_interleave(width)
+    x = torch.arange(width, device=like.device, dtype=like.dtype).repeat(height)
+    return x, y
+
+
+def log_prior(center: Tensor, precision: Tensor, height: int, width: int) -> Tensor:
+    """logG (Eq. 3) of one scale: center and precision [..., 2] as (x, y) → [..., height · width]."""
+    x, y = cell_coordinates(height, width, like=center)
+    p_x, p_y = precision[..., 0:1], precision[..., 1:2]
+    return -(p_x * (x - center[..., 0:1]) ** 2 + p_y * (y - center[..., 1:2]) ** 2)
+
+
+def ignored_keys(
+    spatial_shapes: SpatialShapes, valid_shapes: Tensor | None, key_padding_mask: Tensor | None
+) -> list[Tensor | None]:
+    """Which keys of each scale do not count: per scale a bool tensor [B, height · width], or None where all count."""
+    if key_padding_mask is not None:
+        return list(key_padding_mask.split([height * width for height, width in spatial_shapes], dim=1))
+    if valid_shapes is None:
+        return [None] * len(spatial_shapes)
+    masks: list[Tensor | None] = []
+    for s, (height, width) in enumerate(spatial_shapes):
+        x, y = cell_coordinates(height, width, like=valid_shapes)
+        masks.append((y >= valid_shapes[:, s, 0:1]) | (x >= valid_shapes[:, s, 1:2]))
+    return masks
+
+
+def scale_probabilities(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, height · width, D]: the keys of one scale
+    center: Tensor,  # [B, H or 1, N, 2]
+    precision: Tensor,  # [B, H or 1, N, 2]
+    height: int,
+    width: int,
+    ignored: Tensor | None,  # [B, height · width]
+    scale: float,
+) -> Tensor:
+    """P_s [B, H, N, height · width] of one scale (Eq. 6); all zero for an image with no valid key."""
+    logits = scale * (query @ key.transpose(-1, -2)) + log_prior(center, precision, height, width)
+    if ignored is None:
+        return logits.softmax(-1)
+    ignored = ignored[:, None, None, :]
+    # A finite fill keeps the gradient of a row without any valid key at zero instead of NaN.
+    logits = logits.masked_fill(ignored, torch.finfo(logits.dtype).min)
+    return logits.softmax(-1).masked_fill(ignored, 0.0)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    scale_weights: Tensor | None,
+    spatial_shapes: SpatialShapes,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """The backend "reference"; arguments as in `smca_kernels.smca_attention`, already validated."""
+    sizes = [height * width for height, width in spatial_shapes]
+    keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
+    ignored = ignored_keys(spatial_shapes, valid_shapes, key_padding_mask)
+    out = torch.zeros((), dtype=query.dtype, device=query.device)
+    for s, (height, width) in enumerate(spatial_shapes):
+        probabilities = scale_probabilities(
+            query, keys[s], center[..., s, :], precision[..., s, :], height, width, ignored[s], scale
+        )
+        probabilities = torch.dropout(probabilities, dropout_p, train=dropout_p > 0)
+        output = probabilities.to(value.dtype) @ values[s]
+        out = out + (output if scale_weights is None else scale_weights[..., s : s + 1] * output)
+    return out.to(query.dtype)
+
+
+def unsupported(*inputs: object) -> str | None:
+    """The reference serves everything that validates."""
+    return None
