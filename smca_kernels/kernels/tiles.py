@@ -1,0 +1,231 @@
+"""Arithmetic that the forward and backward kernels share: grids, key tiles, the prior, dropout.
+
+A key tile is TILE_H × TILE_W cells of one scale's grid. Its cells have tile-local coordinates (u, v), counted from the
+tile's middle, and e = c - middle is the query's centre seen from there. Up to a constant per query and scale,
+
+    -logG = p_x ((u - e_x)² - d_x²) + p_y ((v - e_y)² - d_y²)
+
+where d, the centre's distance from the image's nearest cell, makes the prior 1 there: no large number common to a row
+costs precision, however far outside a centre lies. Expanded, it is a dot product of query coefficients with key features, so it rides the tensor cores as a product of rank 16:
+
+    columns      0–2          3–5            6–7            8–10         11–13          14            15
+    coefficient  -p_x         2 p_x e_x      -base          -p_y         2 p_y e_y      -base         -MASKED
+    feature      u²           u              1              v²           v              1             key is ignored
+
+    base = p_x (e_x² - d_x²) + p_y (e_y² - d_y²), plus the log-sum-exp in the backward passes
+
+The features are exact in bfloat16. A coefficient is split into three bfloat16 terms, which hold all of its 24 bits:
+one per column, those of the base in columns 6, 7 and 14. All are divided by the softmax scale, as they join q·k.
+
+The expansion cancels: its terms reach 120 p where the prior is near 0, and fp32 sums them to 2⁻²³ of that. Beyond a
+precision limit (`launch.precision_limit`), the kernels take the direct path, and always for fp32 inputs: the prior is a
+function of (query, u) plus one of (query, v), so it costs two operations per element on the ALU. Edges and padding ride
+the product on both paths.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+MASKED = tl.constexpr(1e30)
+UPPER_HALF = tl.constexpr(-65536)  # 0xFFFF0000: the bits of an fp32 value that a bfloat16 keeps
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc, accumulated in fp32. The interpreter has no bfloat16 arithmetic, so operands widen there."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7):
+    """(height, width) of scale s; each g packs height << 32 | width."""
+    packed = tl.where(s == 1, g1, g0)
+    packed = tl.where(s == 2, g2, packed)
+    packed = tl.where(s == 3, g3, packed)
+    packed = tl.where(s == 4, g4, packed)
+    packed = tl.where(s == 5, g5, packed)
+    packed = tl.where(s == 6, g6, packed)
+    packed = tl.where(s == 7, g7, packed)
+    return (packed >> 32).to(tl.int32), (packed & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def valid_part(valid_shapes, b, s, scales, height, width):
+    """The top-left (height, width) of scale s that is image, clamped to the grid."""
+    if valid_shapes is None:
+        return height, width
+    at = valid_shapes + (b * scales + s) * 2
+    valid_height = tl.load(at).to(tl.int32)
+    valid_width = tl.load(at + 1).to(tl.int32)
+    return tl.minimum(tl.maximum(valid_height, 0), height), tl.minimum(tl.maximum(valid_width, 0), width)
+
+
+@triton.jit
+def uniform(flag):
+    """`flag`, an int32 alike in all threads, in a form that the compiler knows to be alike: loops on it stay scalar."""
+    if INTERPRETED:
+        return flag
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }",
+        "=r,r", [flag], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [ROWS] of a matrix whose last axis is contiguous → [ROWS, BLOCK_D], zero beyond HEAD_DIM."""
+    d = tl.arange(0, BLOCK_D)
+    at = base + rows[:, None].to(tl.int64) * stride + d[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=d[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, stride, values, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    at = base + rows[:, None].to(tl.int64) * stride + d[None, :]
+    tl.store(at, values.to(base.dtype.element_ty), mask=mask[:, None] & (d[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def upper_half(x):
+    """The fp32 value of the leading bfloat16 term of x."""
+    return (x.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_bfloat16(x):
+    """x truncated to bfloat16: one byte permutation for two values, where a conversion would round."""
+    if INTERPRETED:
+        return upper_half(x).to(tl.bfloat16)
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def split_term(x, term):
+    """Term 0, 1 or 2 of x = t0 + t1 + t2, each with at most 8 significant bits."""
+    t0 = upper_half(x)
+    rest = x - t0
+    t1 = upper_half(rest)
+    return tl.where(term == 0, t0, tl.where(term == 1, t1, rest - t1))
+
+
+@triton.jit
+def rank16(values, pointer, never):
+    """`values` [ROWS, 16], laid out so that a thread owns eight neighbouring columns.
+
+    Triton gives a tensor the layout of the load that it comes from. This load reads nothing (`never` is false at run
+    time): it makes every column's formula a compile-time choice, and stores to shared memory 16 bytes wide.
+    """
+    if INTERPRETED:
+        return values
+    row = tl.arange(0, values.shape[0])
+    column = tl.arange(0, 16)
+    at = pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True) + row[:, None] * 16 + column[None, :]
+    return tl.load(at, mask=never, other=values)
+
+
+@triton.jit
+def tile_coordinates(TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Column and row of each key inside its tile: two int32 vectors [TILE_H · TILE_W]."""
+    i = tl.arange(0, TILE_H * TILE_W)
+    return i % TILE_W, i // TILE_W
+
+
+@triton.jit
+def from_middle(cell, SIDE: tl.constexpr):
+    return cell.to(tl.float32) - (SIDE - 1) / 2
+
+
+@triton.jit
+def tile_features(TILE_H: tl.constexpr, TILE_W: tl.constexpr, pointer, never):
+    """Features [TILE_H · TILE_W, 16] of a tile's keys, with the last column still 0."""
+    column, row = tile_coordinates(TILE_H, TILE_W)
+    i = tl.arange(0, 16)[None, :]
+    w = tl.where(i < 8, from_middle(column, TILE_W)[:, None], from_middle(row, TILE_H)[:, None])
+    features = tl.where(i % 8 < 3, w * w, tl.where(i % 8 < 6, w, tl.where(i == 15, 0.0, 1.0)))
+    return rank16(features.to(tl.bfloat16), pointer, never)
+
+
+@triton.jit
+def mark_ignored(features, ignored):
+    """Features whose last column says which keys [KEYS] do not count."""
+    last = tl.arange(0, 16)[None, :] == 15
+    return tl.where(last & ignored[:, None], 1.0, features.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def fixed_coefficients(p_x, p_y, pointer, never):
+    """The coefficients that no tile changes, [ROWS, 16]: those of u², v² and of ignored keys."""
+    i = tl.arange(0, 16)[None, :]
+    p = tl.where(i < 8, p_x[:, None], p_y[:, None])
+    coefficients = tl.where(i % 8 < 3, split_term(-p, i % 8), tl.where(i == 15, -MASKED, 0.0))
+    return rank16(as_bfloat16(coefficients), pointer, never)
+
+
+@triton.jit
+def tile_coefficients(fixed, p_x, p_y, e_x, e_y, base):
+    """All coefficients [ROWS, 16] for one tile; p, e and base are [ROWS], p and base already divided by the scale."""
+    i = tl.arange(0, 16)[None, :]
+    linear = 2.0 * tl.where(i < 8, p_x[:, None], p_y[:, None]) * tl.where(i < 8, e_x[:, None], e_y[:, None])
+    of_base = split_term(tl.broadcast_to(-base[:, None], linear.shape), i % 8 - 6 + 2 * (i // 8))
+    moving = tl.where(i % 8 < 6, split_term(linear, i % 8 - 3), of_base)
+    return tl.where((i % 8 < 3) | (i == 15), fixed, as_bfloat16(moving))
+
+
+@triton.jit
+def from_nearest_cell(c, side):
+    """d: a centre's signed distance from the nearest of an image's `side` cells along one axis."""
+    return c - tl.floor(tl.minimum(tl.maximum(c, 0.0), side - 1.0) + 0.5)
+
+
+@triton.jit
+def base_of_tile(p_x, p_y, e_x, e_y, d_x, d_y):
+    return p_x * (e_x * e_x - d_x * d_x) + p_y * (e_y * e_y - d_y * d_y)
+
+
+@triton.jit
+def direct_prior(p, x, c, d):
+    """p ((x - c)² - d²): one axis of -logG on the direct path; the arguments broadcast."""
+    return p * ((x - c) * (x - c) - d * d)
+
+
+@triton.jit
+def mix(x):
+    """A bijection of uint32 whose output bits each depend on every input bit (two multiplications, three shifts)."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def dropout_row_key(seed, batch_head, queries):
+    """What a query's row [ROWS] adds to the dropout counter: uint32, from the 64-bit seed, batch · head and query."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return mix(queries.to(tl.uint32) ^ mix(batch_head.to(tl.uint32) ^ low)) ^ high
+
+
+@triton.jit
+def dropout_key_key(keys):
+    """What a key [KEYS] adds to the dropout counter."""
+    return keys.to(tl.uint32) * 0x9E3779B9
+
+
+@triton.jit
+def keeps(row_key, key_key, threshold):
+    """Whether each element stays; both keys broadcast. threshold = round(dropout_p · 2³²) - 2³¹."""
+    return mix(row_key ^ key_key).to(tl.int32, bitcast=True) >= threshold
