@@ -1,0 +1,1 @@
+"""What `smca bench` runs. workloads.py: what and on what; bench_*.py: how; results/: what came out."""

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one call of under ten minutes: benchmarks/gpu_run.sh FOLDER
+#
+# Runs from the source tree; nothing need be installed but torch and triton. PYTHON names another interpreter than
+# python3. Every step has a time limit and a log; FOLDER/summary.json is renewed after each, so that what a cut-off
+# run has done is known. Exit status 1 if any step did not pass, after all of them ran.
+set -u
+
+if [ $# -ne 1 ]; then
+    echo "usage: $0 FOLDER" >&2
+    exit 2
+fi
+mkdir -p "$1/steps" || exit 2
+OUT=$(cd "$1" && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+rm -f "$OUT"/steps/* "$OUT/summary.json"
+cd "$ROOT" || exit 2
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+# Those without a GPU in them (the command line, metadata) have run elsewhere.
+KERNEL_TESTS=()
+for stem in tiles forward backward operator kernels attention sdpa layers; do
+    for file in tests/test_"$stem"*.py; do
+        [ -f "$file" ] && KERNEL_TESTS+=("$file")
+    done
+done
+
+record() { # name status exit_code seconds
+    printf '{"step": "%s", "status": "%s", "exit_code": %s, "seconds": %s}\n' "$@" > "$OUT/steps/$1.json"
+    echo "$1: $2 ($4 s)"
+}
+
+summarise() {
+    local passed=true
+    grep -L '"status": "passed"' "$OUT"/steps/*.json | grep -q . && passed=false
+    {
+        printf '{"all_passed": %s, "steps": [\n' "$passed"
+        cat "$OUT"/steps/*.json | paste -sd, | sed 's/},{/},\n{/g'
+        printf ']}\n'
+    } > "$OUT/.summary.json"
+    mv "$OUT/.summary.json" "$OUT/summary.json"
+    $passed
+}
+
+step() { # name seconds command...
+    local name=$1 limit=$2 start=$SECONDS code status
+    shift 2
+    timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.log" 2>&1
+    code=$?
+    case $code in
+        0) status=passed ;;
+        124 | 137) status="timed out" ;;
+        *) status=failed ;;
+    esac
+    record "$name" "$status" "$code" $((SECONDS - start))
+    [ "$status" = passed ] || tail -n 15 "$OUT/$name.log"
+}
+
+missing() { # name what
+    echo "$2 is not on this machine" | tee "$OUT/$1.log"
+    record "$1" missing null 0
+}
+
+smca() { # name seconds arguments...
+    local name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" "$PYTHON" -c "import sys; from smca_kernels.cli import main; sys.exit(main())" "$@"
+}
+
+sanitize() { # tool seconds
+    # Torch's cache would hide an access past a tensor's end in the memory that it gave to another.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" \
+        "$SANITIZER" --tool "$1" --error-exitcode 86 "$PYTHON" -m benchmarks.small_shapes
+}
+
+smca env 30 env --json "$OUT/env.json"
+summarise
+
+# Side by side, as compiling the kernels on the host takes most of the time.
+for dtype in float32 float16 bfloat16; do
+    smca "parity-$dtype" 240 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
+done
+if "$PYTHON" -c "import pytest" 2>/dev/null; then
+    step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" "${KERNEL_TESTS[@]}" &
+else
+    missing tests pytest
+fi
+wait
+summarise
+
+for tool in memcheck racecheck; do
+    if [ -n "$SANITIZER" ]; then
+        sanitize "$tool" 110 &
+    else
+        missing "$tool" compute-sanitizer
+    fi
+done
+wait
+summarise
+
+smca bench 160 bench --json "$OUT/bench.json"
+summarise
