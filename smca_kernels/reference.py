@@ -87,7 +87,8 @@ def attention(
         probabilities = scale_probabilities(
             query, keys[s], center[..., s, :], precision[..., s, :], height, width, ignored[s], scale
         )
-        probabilities = torch.dropout(probabilities, dropout_p, train=dropout_p > 0)
+        if dropout_p > 0.0:
+            probabilities = torch.dropout(probabilities, dropout_p, train=True)
         output = probabilities.to(value.dtype) @ values[s]
         out = out + (output if scale_weights is None else scale_weights[..., s : s + 1] * output)
     return out.to(query.dtype)

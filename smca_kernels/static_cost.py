@@ -470,7 +470,7 @@ def resident_warps(arch: int, threads: int, registers: int, shared_bytes: int) -
     warps = -(-threads // 32)
     registers_per_warp = -(-registers * 32 // 256) * 256  # allocated in units of 256
     # Each of the four schedulers has a quarter of the registers, and a block's warps are spread over them.
-    by_registers = (REGISTERS_PER_SM // 4 // registers_per_warp) * 4 // (-(-warps // 4) * 4)
+    by_registers = (REGISTERS_PER_SM // 4 // registers_per_warp) * 4 // warps
     unit = limits.shared_granularity
     shared = -(-(shared_bytes + limits.reserved_shared_bytes) // unit) * unit
     by_shared = limits.shared_bytes // shared if shared else limits.blocks

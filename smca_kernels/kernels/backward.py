@@ -154,7 +154,6 @@ def query_major_kernel(
     center += (b * center_heads + h % center_heads) * queries * scales * 2
     precision += (b * precision_heads + h % precision_heads) * queries * scales * 2
     first_row = batch_head.to(tl.int64) * queries * scales
-    q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D)
     column, row = tile_coordinates(TILE_H, TILE_W)
     if seed is not None:
         row_key = dropout_row_key(tl.load(seed), batch_head, n)
@@ -172,6 +171,7 @@ def query_major_kernel(
         d_y = from_nearest_cell(c_y, valid_height)
         log_sum = tl.load(lse + first_row + n * scales + s)
         delta = tl.load(deltas + first_row + n * scales + s)
+        q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D)
         do = load_rows(weighted_grads + s * o_s * UNIT, n, o_n * UNIT, HEAD_DIM, BLOCK_D)
         direct = uniform((tl.max(tl.maximum(p_x, p_y), 0) > precision_limit).to(tl.int32))
         tiles = tl.cdiv(valid_height, TILE_H) * tl.cdiv(valid_width, TILE_W)

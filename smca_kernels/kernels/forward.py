@@ -172,7 +172,7 @@ def forward_kernel(
         scale_output = acc * tl.where(empty, 0.0, dropout_scale / tl.where(empty, 1.0, l))[:, None]
         store_rows(scale_outputs, n * scales + s, HEAD_DIM, scale_output, in_range, HEAD_DIM, BLOCK_D)
         if DIRECT_ONLY == 0:
-            m = tl.where(direct, m, m * LN2)
+            m = tl.where(direct != 0, m, m * LN2)
         tl.store(lse + n * scales + s, tl.where(empty, 0.0, m + tl.log(l)), mask=in_range)
 
     # Read back rather than carried through the loops, which need the registers.

@@ -31,54 +31,66 @@ class Configuration:
     num_stages: int
 
 
-# (kernel, bytes of an element) → head dimension up to which the configuration holds.
-CONFIGURATIONS: dict[tuple[str, int], dict[int, Configuration]] = {
-    ("forward", 2): {
-        32: Configuration(64, 8, 16, 4, 2),
-        64: Configuration(64, 8, 8, 4, 2),
-        128: Configuration(64, 8, 8, 4, 2),
-    },
-    ("forward", 4): {
-        32: Configuration(32, 8, 8, 4, 2),
-        64: Configuration(32, 8, 8, 4, 2),
-        128: Configuration(16, 4, 8, 4, 2),
-    },
-    ("query_major", 2): {
+# (kernel, bytes of an element, Hopper or newer) → head dimension up to which a configuration holds. Each is the cheapest
+# of those tried, in instructions per element, that spills no register at head dimensions 32 and 64 (`smca cost`).
+CONFIGURATIONS: dict[tuple[str, int, bool], dict[int, Configuration]] = {
+    ("forward", 2, False): {
         32: Configuration(64, 8, 8, 4, 2),
+        64: Configuration(64, 8, 8, 4, 1),
+        128: Configuration(64, 4, 8, 4, 1),
+    },
+    ("forward", 2, True): {
+        32: Configuration(64, 8, 16, 4, 2),
         64: Configuration(64, 8, 8, 4, 2),
         128: Configuration(64, 4, 8, 4, 2),
     },
-    ("query_major", 4): {
-        32: Configuration(32, 4, 8, 4, 2),
-        64: Configuration(32, 4, 8, 4, 2),
-        128: Configuration(16, 4, 8, 4, 2),
+    ("query_major", 2, False): {
+        32: Configuration(64, 8, 8, 4, 1),
+        64: Configuration(64, 4, 8, 4, 1),
+        128: Configuration(64, 4, 4, 4, 1),
     },
-    ("key_major", 2): {
+    ("query_major", 2, True): {
+        64: Configuration(64, 8, 8, 4, 2),
+        128: Configuration(64, 4, 8, 4, 2),
+    },
+    ("key_major", 2, False): {
+        32: Configuration(64, 8, 8, 4, 2),
+        64: Configuration(32, 8, 8, 4, 1),
+        128: Configuration(64, 4, 8, 4, 2),
+    },
+    ("key_major", 2, True): {
         32: Configuration(32, 8, 16, 4, 2),
-        64: Configuration(32, 8, 8, 4, 2),
-        128: Configuration(32, 8, 8, 4, 2),
+        64: Configuration(64, 8, 8, 4, 1),
+        128: Configuration(64, 4, 8, 4, 2),
     },
-    ("key_major", 4): {
-        32: Configuration(32, 4, 8, 4, 2),
-        64: Configuration(32, 4, 8, 4, 2),
-        128: Configuration(16, 4, 8, 4, 2),
-    },
-    ("weigh", 2): {128: Configuration(32, 1, 1, 4, 1)},
-    ("weigh", 4): {128: Configuration(32, 1, 1, 4, 1)},
 }
+# fp32 products are FMAs on every architecture, so one configuration serves all three kernels.
+FLOAT32_CONFIGURATION = Configuration(32, 4, 4, 2, 2)
+WEIGH_CONFIGURATION = Configuration(32, 1, 1, 4, 1)
 
 # Largest precision (per cell²) whose expanded prior is within a quarter of the dtype's rounding step: tiles.py.
 PRECISION_LIMITS = {torch.float16: 4.0, torch.bfloat16: 32.0, torch.float32: 0.0}
 
 
-def configuration(kernel: str, dtype: torch.dtype, head_dim: int) -> Configuration:
-    by_head_dim = CONFIGURATIONS[kernel, dtype.itemsize]
+def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Configuration:
+    if kernel == "weigh":
+        return WEIGH_CONFIGURATION
+    if dtype == torch.float32:
+        return FLOAT32_CONFIGURATION
+    by_head_dim = CONFIGURATIONS[kernel, dtype.itemsize, arch >= 90]
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
 
 
-def constants(kernel: str, dtype: torch.dtype, head_dim: int, unit: int) -> dict[str, Any]:
-    """The compile-time arguments of a kernel, and its launch options."""
-    chosen = configuration(kernel, dtype, head_dim)
+def architecture(device: torch.device) -> int:
+    """80 for compute capability 8.0; also on a CPU, where the interpreter runs what an A100 would."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int) -> dict[str, Any]:
+    """The compile-time arguments of a kernel."""
     arguments: dict[str, Any] = {
         "UNIT": unit,
         "HEAD_DIM": head_dim,
@@ -95,9 +107,13 @@ def constants(kernel: str, dtype: torch.dtype, head_dim: int, unit: int) -> dict
     return arguments
 
 
-def options(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
-    chosen = configuration(kernel, dtype, head_dim)
-    return {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
+def launch_arguments(
+    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, unit: int
+) -> tuple[Configuration, dict[str, Any]]:
+    """The configuration of a kernel, and its compile-time arguments with Triton's launch options."""
+    chosen = configuration(kernel, architecture(device), dtype, head_dim)
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
+    return chosen, constants(kernel, chosen, dtype, head_dim, unit) | options
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -159,9 +175,9 @@ def forward(
     scale_outputs = query.new_empty(batch, heads, queries, scales, head_dim, dtype=torch.float32)
     lse = query.new_empty(batch, heads, queries, scales, dtype=torch.float32)
     unit = stride_unit((query, key, value, out))
-    config = configuration("forward", query.dtype, head_dim)
+    chosen, compile_time = launch_arguments("forward", query.device, query.dtype, head_dim, unit)
     with device_of(query):
-        forward_kernel[(batch * heads * -(-queries // config.block_n),)](
+        forward_kernel[(batch * heads * -(-queries // chosen.block_n),)](
             query, key, value, center, precision,
             None if scale_weights is None else scale_weights.contiguous(),
             None if valid_shapes is None else valid_shapes.contiguous(),
@@ -174,8 +190,7 @@ def forward(
             scale, scale * LOG2E, 1.0 / scale, PRECISION_LIMITS[query.dtype],
             dropout_threshold(dropout_p), dropout_scale(dropout_p),
             *packed_grids(spatial_shapes),
-            **constants("forward", query.dtype, head_dim, unit),
-            **options("forward", query.dtype, head_dim),
+            **compile_time,
         )  # fmt: skip
     return out, scale_outputs, lse
 
@@ -228,18 +243,18 @@ def backward(
     factors = (scale, scale * LOG2E, 1.0 / scale, PRECISION_LIMITS[dtype])
     grids = packed_grids(spatial_shapes)
     with device_of(query):
-        config = configuration("weigh", dtype, head_dim)
-        weigh_kernel[(batch * heads * -(-queries // config.block_n),)](
+        chosen, compile_time = launch_arguments("weigh", query.device, dtype, head_dim, stride_unit((grad_out,)))
+        weigh_kernel[(batch * heads * -(-queries // chosen.block_n),)](
             grad_out, scale_outputs, None if scale_weights is None else scale_weights.contiguous(),
             weighted_grads if weighted else None, deltas, None if scale_weights is None else grad_weights,
-            *outer_strides(grad_out, 1), heads, 1 if scale_weights is None else scale_weights.shape[1],
+            *outer_strides(grad_out, compile_time["UNIT"]), heads, 1 if scale_weights is None else scale_weights.shape[1],
             queries, scales, dropout_scale(dropout_p), 1.0 - dropout_p,
-            **constants("weigh", dtype, head_dim, 1), **options("weigh", dtype, head_dim),
+            **compile_time,
         )  # fmt: skip
         if of_key:
-            config = configuration("key_major", dtype, head_dim)
+            chosen, compile_time = launch_arguments("key_major", query.device, dtype, head_dim, unit)
             tiles = sum(
-                -(-height // config.tile_h) * -(-width // config.tile_w)
+                -(-height // chosen.tile_h) * -(-width // chosen.tile_w)
                 for height, width in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)
             )
             key_major_kernel[(batch * heads * tiles,)](
@@ -247,15 +262,15 @@ def backward(
                 *outer_strides(grad_key, unit), *outer_strides(grad_value, unit),
                 heads, *prior_heads, queries, keys, scales, tiles,
                 *factors, dropout_threshold(dropout_p), *grids,
-                **constants("key_major", dtype, head_dim, unit), **options("key_major", dtype, head_dim),
+                **compile_time,
             )  # fmt: skip
         if of_query:
-            config = configuration("query_major", dtype, head_dim)
-            query_major_kernel[(batch * heads * -(-queries // config.block_n),)](
+            chosen, compile_time = launch_arguments("query_major", query.device, dtype, head_dim, unit)
+            query_major_kernel[(batch * heads * -(-queries // chosen.block_n),)](
                 *shared, grad_query, grad_center, grad_precision, *strides, *outer_strides(grad_query, unit),
                 heads, *prior_heads, queries, keys, scales,
                 *factors, dropout_threshold(dropout_p), *grids,
-                **constants("query_major", dtype, head_dim, unit), **options("query_major", dtype, head_dim),
+                **compile_time,
             )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_center, grad_precision, grad_weights
 
@@ -312,8 +327,8 @@ def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization
     torch_dtype = TORCH_DTYPES[dtype]
     rows = []
     for name, (function, pass_) in KERNELS.items():
-        chosen = configuration(name, torch_dtype, head_dim)
-        constexprs = constants(name, torch_dtype, head_dim, unit=8)
+        chosen = configuration(name, arch, torch_dtype, head_dim)
+        constexprs = constants(name, chosen, torch_dtype, head_dim, unit=8)
         constexprs |= {argument: None for argument in ABSENT if argument in function.arg_names}
         signature = {
             argument: "constexpr" if argument in constexprs else _argument_type(argument, dtype)

@@ -128,6 +128,32 @@ _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 _backward.register_autograd(_refuse)
 
 
+def _mix(x: Tensor) -> Tensor:
+    """`tiles.mix` on int64 tensors that hold uint32 values."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout_p: float) -> Tensor:
+    """The elements that attention dropout keeps, as the kernels regenerate them: bool [B, H, N, T], for checking them.
+
+    Args:
+        seed: [1] int64, the operator's argument.
+        dropout_p: probability of dropping an element.
+    """
+
+    def counter(size: int) -> Tensor:
+        return torch.arange(size, device=seed.device)
+
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    row_keys = _mix(counter(queries) ^ _mix(counter(batch * heads) ^ low)[:, None]) ^ high
+    key_keys = counter(keys) * 0x9E3779B9 & 0xFFFFFFFF
+    elements = _mix(row_keys[:, :, None] ^ key_keys)
+    signed = elements - (elements >> 31 << 32)
+    return (signed >= launch.dropout_threshold(dropout_p)).view(batch, heads, queries, keys)
+
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -18,7 +18,7 @@ The features are exact in bfloat16. A coefficient is split into three bfloat16 t
 one per column, those of the base in columns 6, 7 and 14. All are divided by the softmax scale, as they join q·k.
 
 The expansion cancels: its terms reach 120 p where the prior is near 0, and fp32 sums them to 2⁻²³ of that. Beyond a
-precision limit (`launch.precision_limit`), the kernels take the direct path, and always for fp32 inputs: the prior is a
+precision limit (`launch.PRECISION_LIMITS`), the kernels take the direct path, and always for fp32 inputs: the prior is a
 function of (query, u) plus one of (query, v), so it costs two operations per element on the ALU. Edges and padding ride
 the product on both paths.
 """
