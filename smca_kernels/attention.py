@@ -361,7 +361,11 @@ def _valid_shapes(
     device: torch.device,
 ) -> Tensor:
     """As a tensor [B, S, 2]; the range is checked where that costs no synchronisation."""
-    wanted = f"[B={batch}, S={len(shapes)}, 2]"
+
+    def wanted() -> str:
+        # Only for an error: formatting a symbolic size while tracing would fix it.
+        return f"[B={batch}, S={len(shapes)}, 2]"
+
     if isinstance(valid_shapes, Tensor):
         if valid_shapes.dtype not in INTEGER_DTYPES:
             raise TypeError(f"valid_shapes must be an integer tensor, got {valid_shapes.dtype}")
@@ -372,11 +376,11 @@ def _valid_shapes(
         try:
             tensor = torch.tensor(valid_shapes)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"valid_shapes must be a nested list {wanted} of ints, got {valid_shapes!r}") from error
+            raise TypeError(f"valid_shapes must be a nested list {wanted()} of ints, got {valid_shapes!r}") from error
         if tensor.dtype != torch.int64:
-            raise TypeError(f"valid_shapes must be a nested list {wanted} of ints, got {valid_shapes!r}")
+            raise TypeError(f"valid_shapes must be a nested list {wanted()} of ints, got {valid_shapes!r}")
     if tensor.shape != (batch, len(shapes), 2):
-        raise ValueError(f"valid_shapes must be {wanted}, got {_shape(tensor)}")
+        raise ValueError(f"valid_shapes must be {wanted()}, got {_shape(tensor)}")
     if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         for b, image in enumerate(tensor.tolist()):
             for s, (size, grid) in enumerate(zip(image, shapes, strict=True)):

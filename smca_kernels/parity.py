@@ -2,19 +2,20 @@
 
     budget = 2 · (max |eager − oracle| + one rounding step)
 
-The oracle is `reference.py` in float64 on the same values. Eager is `reference.py` in the inputs' own dtypes with native
-autograd: what a user would have written. The budget comes from data, so it needs no tolerance per dtype or shape.
+The oracle is `reference.py` in float64 on the same values. Eager is `reference.py` in the inputs' own dtypes
+with native autograd: what a user would have written. The budget comes from data, so it needs no tolerance per
+dtype or shape.
 
-What the maximum over a tensor hides: errors in rows far smaller than the largest. Gradients of a coarse scale can be
-hundreds of times those of a fine one, so everything that belongs to one scale (key, value, center, precision,
-scale_weights) is compared scale by scale, and every row of a case has its prior from the same regime.
+What the maximum over a tensor hides: errors in rows far smaller than the largest. Gradients of a coarse scale
+can be hundreds of times those of a fine one, so everything that belongs to one scale (key, value, center,
+precision, scale_weights) is compared scale by scale, and all rows of a case have their prior from one regime.
 
-The rounding step is that of the dtype of query, key and value at the oracle's largest magnitude, also for the float32
-gradients of a float32 center, precision and scale_weights beside half-precision inputs: they are sums of products of
-half-precision numbers. It is never less than a float32 step at the sum of the absolute terms of a gradient, which is
-what reordering a float32 sum may change. That matters where the terms cancel: dS = P (dP − δ) is 0 for a single key and
-next to 0 under a narrow prior, exactly so in eager's order of summation and in no other.
-(P itself, recomputed from the stored log-sum-exp in a backward pass, carries the rounding of an exponent of that size.)
+The rounding step is that of the dtype of query, key and value at the oracle's largest magnitude, also for the
+float32 gradients of center, precision and scale_weights beside half-precision inputs: they are sums of products
+of half-precision numbers. It is never less than a float32 step at the sum of the absolute terms behind an
+element, which is what another order of summation may change. That matters where terms cancel: P (dP − δ) is
+0 for a single key and next to 0 under a narrow prior, exactly so in eager's order and in no other. P itself,
+recomputed from a stored log-sum-exp as a backward pass must, carries the rounding of an exponent that large.
 """
 
 from __future__ import annotations
@@ -26,36 +27,34 @@ import math
 import os
 import platform
 import secrets
-import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+from . import attention, reference
 
 TENSORS = ("output", "query", "key", "value", "center", "precision", "scale_weights")
 BACKENDS = ("triton", "sdpa")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-# ---------------------------------------------------------------------------------------------------------- budgets
+# --- budgets ---
 
 
 def rounding_step(dtype: torch.dtype, magnitude: float) -> float:
     """Distance between neighbouring numbers of a floating dtype at a magnitude."""
-    import torch
-
     info = torch.finfo(dtype)
-    smallest = info.smallest_normal * info.eps
-    return smallest if magnitude < info.smallest_normal else info.eps * 2.0 ** math.floor(math.log2(magnitude))
+    return info.eps * 2.0 ** math.floor(math.log2(max(magnitude, info.smallest_normal)))
 
 
 def error_budget(
@@ -64,20 +63,20 @@ def error_budget(
     """Largest absolute error that a result may have: twice eager PyTorch's own plus one rounding step.
 
     Args:
-        eager: what plain PyTorch computes, any shape. Elements that are not finite count no error: eager's overflow
-            buys nobody an infinite budget.
+        eager: what plain PyTorch computes, any shape. Elements that are not finite count no error: eager's
+            overflow buys nobody an infinite budget.
         oracle: the same in float64, same shape.
         dtype: dtype whose rounding step at the oracle's largest magnitude counts; None: eager's.
-        absolute_sum: largest sum of absolute terms behind an element, if known; the step is at least float32's there.
+        absolute_sum: largest sum of absolute terms behind an element, if known; the step is at least
+            float32's there.
     """
-    import torch
-
-    difference = (eager.double() - oracle).abs()
-    error = difference[torch.isfinite(difference)].max().item() if torch.isfinite(difference).any() else 0.0
-    finite = oracle[torch.isfinite(oracle)]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    step = rounding_step(dtype or eager.dtype, largest)
+    error = _largest_finite(eager.double() - oracle)
+    step = rounding_step(dtype or eager.dtype, _largest_finite(oracle))
     return 2.0 * (error + max(step, rounding_step(torch.float32, absolute_sum)))
+
+
+def _largest_finite(tensor: Tensor) -> float:
+    return tensor.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ class Comparison:
 
     def __str__(self) -> str:
         return (
-            f"{self.name or 'tensor'}: error {self.error:.3g} is {self.ratio:.3g} × the budget {self.budget:.3g}, "
-            f"worst at {list(self.index)}: got {self.actual:.9g}, oracle {self.oracle:.9g}"
+            f"{self.name or 'tensor'}: error {self.error:.3g} is {self.ratio:.3g} × the budget "
+            f"{self.budget:.3g}; worst at {list(self.index)}, {self.actual:.9g} for {self.oracle:.9g}"
         )
 
 
@@ -111,9 +110,7 @@ def compare(
     dtype: torch.dtype | None = None,
     absolute_sum: float = 0.0,
 ) -> Comparison:
-    """Worst element of `actual` against the budget of `error_budget`; ValueError where shapes or dtypes differ."""
-    import torch
-
+    """Worst element of `actual` against `error_budget`; ValueError where shapes or dtypes differ."""
     for other, whose in ((eager, "eager"), (oracle, "the oracle")):
         if actual.shape != other.shape:
             raise ValueError(f"{name}: {whose} has shape {list(other.shape)}, got {list(actual.shape)}")
@@ -138,7 +135,7 @@ def assert_within_budget(
     dtype: torch.dtype | None = None,
     absolute_sum: float = 0.0,
 ) -> None:
-    """AssertionError, telling error, budget and worst index, if `actual` is further from `oracle` than `error_budget`."""
+    """AssertionError, telling error, budget and worst index, if `actual` is beyond `error_budget`."""
     try:
         comparison = compare(actual, oracle, eager, name, dtype=dtype, absolute_sum=absolute_sum)
     except ValueError as error:
@@ -149,23 +146,22 @@ def assert_within_budget(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill every tensor that comes from torch.empty and its kin with NaN (integers: the largest value) meanwhile."""
-    import torch
-
+    """Meanwhile, tensors from torch.empty and its kin are full of NaN (integers: of the largest value)."""
+    settings = torch.utils.deterministic
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    # Torch fills only in deterministic mode; without warn_only that mode would reject cuBLAS in the other backends.
+    fill = settings.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property of the module
+    # Torch fills in deterministic mode only, which rejects cuBLAS without warn_only.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-# ------------------------------------------------------------------------------------------------------------ cases
+# --- cases ---
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of `smca_attention` (shapes as there) and an upstream gradient; the floating ones require gradients."""
+    """Arguments of `smca_attention`, shapes as there, that require gradients, and an upstream gradient."""
 
     query: Tensor
     key: Tensor
@@ -219,13 +215,13 @@ class Inputs:
 
     def double(self) -> Inputs:
         """The same values in float64, as fresh leaves."""
-        wide = {name: t.detach().double().requires_grad_() for name, t in self.differentiable().items()}
+        wide: dict[str, Any] = {
+            name: t.detach().double().requires_grad_() for name, t in self.differentiable().items()
+        }
         return dataclasses.replace(self, **wide, grad_output=self.grad_output.double())
 
 
 def _log_uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> Tensor:
-    import torch
-
     return torch.exp(math.log(low) + math.log(high / low) * torch.rand(shape, generator=generator))
 
 
@@ -234,8 +230,6 @@ def _precision_of_sigma(sigma: Tensor) -> Tensor:
 
 
 def _ordinary_prior(shape: Sequence[int], size: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    import torch
-
     center = (torch.rand(shape, generator=generator) * 1.2 - 0.1) * (size - 1)
     return center, _precision_of_sigma(_log_uniform(shape, 1.0, 8.0, generator))
 
@@ -246,16 +240,12 @@ def _narrow_prior(shape: Sequence[int], size: Tensor, generator: torch.Generator
 
 
 def _wide_prior(shape: Sequence[int], size: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    import torch
-
     center, _ = _ordinary_prior(shape, size, generator)
     switched_on = torch.rand(shape, generator=generator) < 0.5
     return center, _log_uniform(shape, 1e-8, 1e-2, generator) * switched_on
 
 
 def _far_prior(shape: Sequence[int], size: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    import torch
-
     side = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
     distance = _log_uniform(shape, 10.0, 1000.0, generator)
     return side * distance + size / 2, _log_uniform(shape, 1e-5, 1e-1, generator)
@@ -279,15 +269,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _cut_from_wider(tensor: Tensor) -> Tensor:
-    import torch
-
     return torch.cat([tensor, torch.full_like(tensor, math.nan)], dim=2)[:, :, : tensor.shape[2]]
 
 
 def _valid_shapes(case: Case, generator: torch.Generator) -> Tensor:
-    """Random image sizes [B, S, 2] of at least one cell; the last image fills the grids as the largest of a batch does."""
-    import torch
-
+    """Random image sizes [B, S, 2] of at least one cell; the last image, the largest, fills the grids."""
     sizes = torch.tensor(case.spatial_shapes)
     fraction = torch.rand(case.batch, 1, 2, generator=generator)
     fraction[-1] = 1.0
@@ -295,17 +281,14 @@ def _valid_shapes(case: Case, generator: torch.Generator) -> Tensor:
 
 
 def _padding_mask(valid_shapes: Tensor, spatial_shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    import torch
-
-    from smca_kernels.reference import ignored_keys
-
-    return torch.cat([mask for mask in ignored_keys(spatial_shapes, valid_shapes, None) if mask is not None], dim=1)
+    return torch.cat(
+        [mask for mask in reference.ignored_keys(spatial_shapes, valid_shapes, None) if mask is not None],
+        dim=1,
+    )
 
 
 def _make_masks(case: Case, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
     """valid_shapes and key_padding_mask of a case."""
-    import torch
-
     valid_shapes = _valid_shapes(case, generator)
     if case.mask == "none":
         return None, None
@@ -314,7 +297,9 @@ def _make_masks(case: Case, generator: torch.Generator) -> tuple[Tensor | None, 
     if case.mask == "padding":
         return None, _padding_mask(valid_shapes, case.spatial_shapes)
     if case.mask == "random":
-        return None, torch.rand(case.batch, sum(h * w for h, w in case.spatial_shapes), generator=generator) < 0.4
+        return None, torch.rand(
+            case.batch, sum(h * w for h, w in case.spatial_shapes), generator=generator
+        ) < 0.4
     # The first image has no valid key at the last scale: in no row, or in no column.
     valid_shapes[0, -1, 0] = 0
     if case.mask == "empty_scale":
@@ -335,8 +320,6 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device | s
         generator: a CPU generator.
         device: where the tensors go.
     """
-    import torch
-
     lay_out = LAYOUTS[case.layout]
     dtype = getattr(torch, case.dtype)
     prior_dtype = getattr(torch, case.prior_dtype or case.dtype)
@@ -363,7 +346,9 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device | s
         value=place(value, dtype).detach().requires_grad_(),
         center=place(center, prior_dtype).detach().requires_grad_(),
         precision=place(precision, prior_dtype).detach().requires_grad_(),
-        scale_weights=place(scale_weights, prior_dtype).detach().requires_grad_() if case.scale_weights else None,
+        scale_weights=place(scale_weights, prior_dtype).detach().requires_grad_()
+        if case.scale_weights
+        else None,
         spatial_shapes=case.spatial_shapes,
         valid_shapes=None if valid_shapes is None else valid_shapes.to(device),
         key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(device),
@@ -372,8 +357,8 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device | s
     )
 
 
-# Kernels tile grids by 4 to 16 cells and queries by 16 to 128: most sizes here lie beside those. The quick cases are as
-# small as their purpose allows, since Triton's interpreter takes milliseconds a tile.
+# Kernels tile grids by 4 to 16 cells and queries by 16 to 128: most sizes here lie beside those. The quick
+# cases are as small as their purpose allows, since Triton's interpreter takes milliseconds a tile.
 CASES: tuple[Case, ...] = (
     Case("one cell", ((1, 1),), queries=3, quick=True),
     Case("one cell at five scales", ((1, 1),) * 5, queries=9),
@@ -390,7 +375,14 @@ CASES: tuple[Case, ...] = (
     Case("head_dim 100", ((7, 11),), head_dim=100),
     Case("head_dim 128", ((9, 10),), batch=1, heads=1, queries=17, head_dim=128, quick=True),
     Case("one scale", ((13, 21),), queries=40),
-    Case("three scales, padded batch", ((9, 10), (5, 5), (3, 2)), heads=1, queries=9, mask="valid_shapes", quick=True),
+    Case(
+        "three scales, padded batch",
+        ((9, 10), (5, 5), (3, 2)),
+        heads=1,
+        queries=9,
+        mask="valid_shapes",
+        quick=True,
+    ),
     Case("four scales", ((9, 13), (5, 7), (3, 4), (2, 2)), queries=17, mask="padding"),
     Case("five scales", ((9, 13), (5, 7), (3, 4), (2, 2), (1, 1)), queries=5),
     Case("eight scales", tuple((9 - i, 10 - i) for i in range(8)), queries=5, mask="valid_shapes"),
@@ -422,33 +414,42 @@ CASES: tuple[Case, ...] = (
         layout="projection",
         large=True,
     ),
-    Case("detector, dilated", ((67, 84),), heads=8, queries=300, mask="padding", layout="projection", large=True),
+    Case(
+        "detector, dilated",
+        ((67, 84),),
+        heads=8,
+        queries=300,
+        mask="padding",
+        layout="projection",
+        large=True,
+    ),
     Case("detector, head_dim 64", ((50, 84),), heads=4, queries=300, head_dim=64, prior_heads=1, large=True),
     Case("detector, head_dim 128", ((50, 84),), heads=2, queries=300, head_dim=128, large=True),
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ check
+# --- check ---
 
 
 def run_reference(inputs: Inputs) -> dict[str, Tensor]:
     """Output and gradients of `reference.attention` under native autograd, by name."""
-    from smca_kernels import reference
-
     return _output_and_gradients(reference.attention(*inputs.backend_arguments()), inputs)
 
 
-def run_backend(inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """Output and gradients of `smca_attention` with a backend, by name."""
-    from smca_kernels.attention import smca_attention
+def attend(inputs: Inputs, backend: str, **options: Any) -> Tensor:
+    """`smca_attention` of the inputs with a backend; `options` are other keyword arguments of it."""
+    arguments = {
+        f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.name != "grad_output"
+    }
+    return attention.smca_attention(**arguments, backend=backend, **options)
 
-    arguments = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.name != "grad_output"}
-    return _output_and_gradients(smca_attention(**arguments, backend=backend), inputs)
+
+def run_backend(inputs: Inputs, backend: str, **options: Any) -> dict[str, Tensor]:
+    """Output and gradients of `smca_attention` with a backend, by name; `options` as for `attend`."""
+    return _output_and_gradients(attend(inputs, backend, **options), inputs)
 
 
 def _output_and_gradients(output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-    import torch
-
     tensors = inputs.differentiable()
     gradients = torch.autograd.grad(output, list(tensors.values()), inputs.grad_output)
     return {"output": output.detach(), **dict(zip(tensors, gradients, strict=True))}
@@ -457,17 +458,15 @@ def _output_and_gradients(output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
 def absolute_sums(inputs: Inputs) -> dict[str, list[float]]:
     """Largest sum of absolute terms behind an element of output and gradients, scale by scale.
 
-    The terms are α P times value, grad_output, or (through dS, with |dO|·|v| in place of dP − δ) key, query, 2 p (x − c)
-    and (x − c)². Each counts max(1, |LSE|) times, as P = exp(logit − LSE) magnifies a rounding of its exponent.
+    The terms are α P times value, grad_output, or (through dS, with |dO|·|v| in place of dP − δ) key, query,
+    2 p (x − c) and (x − c)². Each counts max(1, |LSE|) times, by which P = exp(logit − LSE) magnifies a
+    rounding of its exponent.
     """
-    import torch
-
-    from smca_kernels.reference import cell_coordinates, ignored_keys, log_prior
-
     shapes, scale = inputs.spatial_shapes, inputs.backend_arguments()[-1]
-    ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    ignored = reference.ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
     sizes = [height * width for height, width in shapes]
-    heads = (1,) if inputs.center.shape[1] == 1 else ()  # gradients of a shared prior are sums over heads as well
+    # The gradients of a shared prior are sums over heads too.
+    heads = (1,) if inputs.center.shape[1] == 1 else ()
     sums: dict[str, list[float]] = {name: [] for name in TENSORS}
     with torch.no_grad():
         query, grad_output = inputs.query.abs(), inputs.grad_output.abs()
@@ -475,7 +474,7 @@ def absolute_sums(inputs: Inputs) -> dict[str, list[float]]:
         for s, (height, width) in enumerate(shapes):
             key, value = keys[s].abs(), values[s].abs()
             center, precision = inputs.center[..., s, :], inputs.precision[..., s, :]
-            prior = log_prior(center, precision, height, width)
+            prior = reference.log_prior(center, precision, height, width)
             if (mask := ignored[s]) is not None:
                 prior = prior.masked_fill(mask[:, None, None], -math.inf)
             logits = scale * (inputs.query @ keys[s].transpose(-1, -2)) + prior
@@ -491,11 +490,11 @@ def absolute_sums(inputs: Inputs) -> dict[str, list[float]]:
             weight = weight * (grad_output @ value.transpose(-1, -2))
             sums["query"].append(abs(scale) * _largest(weight @ key))
             sums["key"].append(abs(scale) * _largest(weight.transpose(-1, -2) @ query))
-            axes = list(enumerate(cell_coordinates(height, width, like=center)))
-            distances = [(coordinate - center[..., axis : axis + 1]).abs() for axis, coordinate in axes]
-            slopes = [2 * precision[..., a, None] * distance * weight for a, distance in enumerate(distances)]
-            sums["center"].append(max(_largest(slope, (-1, *heads)) for slope in slopes))
-            sums["precision"].append(max(_largest(distance**2 * weight, (-1, *heads)) for distance in distances))
+            cells = torch.stack(reference.cell_coordinates(height, width, like=center))
+            distance = (cells - center[..., None]).abs()  # [B, H or 1, N, 2, height · width]
+            weight = weight[..., None, :]
+            sums["center"].append(_largest(2 * precision[..., None] * distance * weight, (-1, *heads)))
+            sums["precision"].append(_largest(distance**2 * weight, (-1, *heads)))
     return sums | {name: [sum(sums[name])] for name in ("output", "query")}
 
 
@@ -513,7 +512,7 @@ def _by_scale(name: str, tensor: Tensor, spatial_shapes: tuple[tuple[int, int], 
 
 
 def compare_results(actual: dict[str, Tensor], inputs: Inputs) -> list[Comparison]:
-    """Output and gradients, as `run_backend` gives them, against the budget: one comparison a tensor and scale."""
+    """Output and gradients, as from `run_backend`, against their budgets: one a tensor and scale."""
     eager = run_reference(inputs)
     wide = inputs.double()
     oracle, sums = run_reference(wide), absolute_sums(wide)
@@ -534,23 +533,23 @@ def compare_results(actual: dict[str, Tensor], inputs: Inputs) -> list[Compariso
     return comparisons
 
 
-def check(case: Case, backend: str, device: torch.device | str, seed: int) -> list[Comparison]:
-    """Run a case on a backend with poisoned memory and compare output and gradients with their budgets."""
-    inputs = make_inputs(case, case_generator(case, seed), device)
+def check(inputs: Inputs, backend: str) -> list[Comparison]:
+    """Run a backend with poisoned memory and compare output and gradients with their budgets."""
     with poisoned_memory():
         actual = run_backend(inputs, backend)
     return compare_results(actual, inputs)
 
 
 def case_generator(case: Case, seed: int) -> torch.Generator:
-    """A generator that depends on the seed and the case's name alone, so that any case can be repeated by itself."""
-    import torch
-
+    """A generator that depends on seed and name alone, so that any case can be repeated by itself."""
     # torch's CPU generator takes 32 bits of a seed.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {case.name}".encode()))
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# --- command line ---
+
+
+STATUSES = ("passed", "failed", "error", "skipped")
 
 
 @dataclass
@@ -560,13 +559,17 @@ class Row:
     backend: str
     dtype: str
     case: str
-    status: str  # "passed", "failed", "error" or "skipped"
+    status: str  # one of STATUSES
     reason: str = ""
     seconds: float = 0.0
     comparisons: list[Comparison] = dataclasses.field(default_factory=list)
 
+    @property
+    def ran(self) -> bool:
+        return self.status in ("passed", "failed")
+
     def worst(self, name: str) -> Comparison | None:
-        """The comparison of a tensor, over all scales, that is furthest from its budget or least within it."""
+        """The comparison of a tensor, over all scales, with the largest ratio."""
         parts = [c for c in self.comparisons if c.name.split(" ")[0] == name]
         return max(parts, key=lambda c: c.ratio, default=None)
 
@@ -574,14 +577,19 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca parity`."""
     parser.description = (
-        "Compare output and gradients of every backend that can run here with a float64 reference. The budget of each "
-        "is twice the error of plain PyTorch in the same dtype plus one rounding step. Exit status 1 if one is exceeded."
+        "Compare output and gradients of every backend that can run here with a float64 reference. The "
+        "budget of each is twice plain PyTorch's own error in the same dtype plus one rounding step. Exit "
+        "status 1 if one is exceeded, or if no case ran."
     )
     parser.add_argument("--quick", action="store_true", help="only the cases that tell most")
-    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="default: all")
+    parser.add_argument(
+        "--backend", nargs="+", choices=BACKENDS, help="default: all; one that is named must serve"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: all")
     parser.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
-    parser.add_argument("--seed", type=_seed, help="an integer from 0 to 2**31 - 1; default: a fresh one, printed")
+    parser.add_argument(
+        "--seed", type=_seed, help="an integer from 0 to 2**31 - 1; default: a fresh one, printed"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
 
@@ -597,21 +605,16 @@ def _seed(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca parity`: exit status 0 if every case kept its budget, 1 if one did not or none ran, 2 for bad arguments."""
-    import torch
+    """`smca parity`: exit status 0 if every case kept its budget, 1 if one did not or none ran.
 
+    Raises:
+        ValueError: for a device that can't be used, or a file whose folder does not exist.
+    """
     for option, path in (("--json", args.json), ("--junit", args.junit)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            print(f"smca parity: {option} must name a file in an existing folder, got {path}", file=sys.stderr)
-            return 2
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        print(f"smca parity: --device {args.device} can't be used: {first_line}", file=sys.stderr)
-        return 2
-    if device.type == "cpu" and "triton" in args.backend:
+            raise ValueError(f"{option} must name a file in an existing folder, got {path}")
+    device = _device(args.device)
+    if device.type == "cpu":
         # Triton reads this when it is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -619,21 +622,30 @@ def run(args: argparse.Namespace) -> int:
     environment = _environment(device)
     print(" · ".join(f"{name} {value}" for name, value in environment.items()))
     print(f"seed {seed} (repeat with --seed {seed}); numbers are error / budget, at most 1 passes\n")
-    rows = _run_cases(args.backend, args.dtype, [c for c in CASES if c.quick or not args.quick], device, seed)
+    cases = [case for case in CASES if case.quick or not args.quick]
+    rows = _run_cases(args.backend or BACKENDS, args.dtype, cases, device, seed)
     _print_summary(rows)
+    idle = [name for name in args.backend or () if not any(row.ran for row in rows if row.backend == name)]
+    for name in idle:
+        print(f"no case ran on {name}")
     if args.json is not None:
         _write(args.json, json.dumps(_json_report(rows, seed, environment), indent=2) + "\n")
     if args.junit is not None:
         _write(args.junit, _junit_report(rows, seed, environment))
-    passed = any(row.status == "passed" for row in rows)
-    return 0 if passed and all(row.status in ("passed", "skipped") for row in rows) else 1
+    passed = any(row.ran for row in rows) and all(row.status in ("passed", "skipped") for row in rows)
+    return 0 if passed and not idle else 1
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    from importlib import metadata
-
-    import torch
-
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -651,7 +663,8 @@ def _environment(device: torch.device) -> dict[str, str]:
 def _run_cases(
     backends: Sequence[str], dtypes: Sequence[str], cases: Sequence[Case], device: torch.device, seed: int
 ) -> list[Row]:
-    print(f"{'backend':7} {'dtype':8} {'case':32}" + "".join(f"{name[:9]:>10}" for name in TENSORS) + "  seconds")
+    titles = "".join(f"{name[:9]:>10}" for name in TENSORS)
+    print(f"{'backend':7} {'dtype':8} {'case':32}{titles}  seconds")
     rows = []
     for backend in backends:
         for dtype in dtypes:
@@ -664,13 +677,17 @@ def _run_cases(
 
 def _run_case(case: Case, backend: str, device: torch.device, seed: int) -> Row:
     row = Row(backend, case.dtype, case.name, "passed")
+    if case.large and backend == "triton" and device.type == "cpu":
+        row.status, row.reason = "skipped", "too large for Triton's interpreter"
+        return row
     start = time.perf_counter()
     try:
-        reason = _unsupported(case, backend, device, seed)
+        inputs = make_inputs(case, case_generator(case, seed), device)
+        reason = attention._unsupported(backend, inputs.backend_arguments())
         if reason is not None:
             row.status, row.reason = "skipped", reason
             return row
-        row.comparisons = check(case, backend, device, seed)
+        row.comparisons = check(inputs, backend)
     except Exception as error:  # a crash of one case must not hide the others
         row.status, row.reason = "error", f"{type(error).__name__}: {error}"
         return row
@@ -681,38 +698,32 @@ def _run_case(case: Case, backend: str, device: torch.device, seed: int) -> Row:
     return row
 
 
-def _unsupported(case: Case, backend: str, device: torch.device, seed: int) -> str | None:
-    """Why a backend can't serve a case here, or None."""
-    from smca_kernels import attention
-
-    if case.large and backend == "triton" and device.type == "cpu":
-        return "too large for Triton's interpreter"
-    inputs = make_inputs(case, case_generator(case, seed), device)
-    return attention._unsupported(backend, inputs.backend_arguments())
-
-
 def _print_row(row: Row) -> None:
     head = f"{row.backend:7} {row.dtype:8} {row.case:32}"
-    if not row.comparisons:
+    if row.ran:
+        note = f"  FAILED {row.reason}" if row.reason else ""
+        print(f"{head}{_ratios([row])}  {row.seconds:7.2f}{note}", flush=True)
+    else:
         print(f"{head}  {row.status}: {row.reason}", flush=True)
-        return
-    ratios = "".join(f"{c.ratio:10.2f}" if (c := row.worst(name)) else f"{'–':>10}" for name in TENSORS)
-    print(f"{head}{ratios}  {row.seconds:7.2f}" + (f"  FAILED {row.reason}" if row.reason else ""), flush=True)
+
+
+def _ratios(rows: list[Row]) -> str:
+    """Worst error / budget of each tensor over some rows, as columns of the table."""
+    columns = []
+    for name in TENSORS:
+        found = [comparison.ratio for row in rows if (comparison := row.worst(name))]
+        columns.append(f"{max(found):10.2f}" if found else f"{'–':>10}")
+    return "".join(columns)
 
 
 def _print_summary(rows: list[Row]) -> None:
     print("\nworst of all cases")
     for backend, dtype in dict.fromkeys((row.backend, row.dtype) for row in rows):
-        ran = [row for row in rows if (row.backend, row.dtype) == (backend, dtype) and row.comparisons]
-        ratios = "".join(
-            f"{max(found):10.2f}" if (found := [c.ratio for row in ran if (c := row.worst(name))]) else f"{'–':>10}"
-            for name in TENSORS
-        )
-        print(f"{backend:7} {dtype:8} {f'{len(ran)} cases':32}{ratios}  {sum(row.seconds for row in ran):7.2f}")
-    counts = {status: sum(row.status == status for row in rows) for status in ("passed", "failed", "error", "skipped")}
+        ran = [row for row in rows if (row.backend, row.dtype) == (backend, dtype) and row.ran]
+        seconds = sum(row.seconds for row in ran)
+        print(f"{backend:7} {dtype:8} {f'{len(ran)} cases':32}{_ratios(ran)}  {seconds:7.2f}")
+    counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()))
-    if not counts["passed"] + counts["failed"] + counts["error"]:
-        print("no case ran")
 
 
 def _json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dict[str, Any]:
@@ -727,7 +738,10 @@ def _json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dic
         **environment,
         "rows": [
             {
-                **{key: getattr(row, key) for key in ("backend", "dtype", "case", "status", "reason", "seconds")},
+                **{
+                    key: getattr(row, key)
+                    for key in ("backend", "dtype", "case", "status", "reason", "seconds")
+                },
                 "tensors": {name: measured(c) for name in TENSORS if (c := row.worst(name))},
             }
             for row in rows
@@ -736,7 +750,9 @@ def _json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dic
 
 
 def _junit_report(rows: list[Row], seed: int, environment: dict[str, str]) -> str:
-    count = {status: str(sum(row.status == status for row in rows)) for status in ("failed", "error", "skipped")}
+    count = {
+        status: str(sum(row.status == status for row in rows)) for status in ("failed", "error", "skipped")
+    }
     suite = ElementTree.Element(
         "testsuite",
         name="smca parity",
@@ -751,7 +767,11 @@ def _junit_report(rows: list[Row], seed: int, environment: dict[str, str]) -> st
         ElementTree.SubElement(properties, "property", name=key, value=value)
     for row in rows:
         element = ElementTree.SubElement(
-            suite, "testcase", classname=f"{row.backend}.{row.dtype}", name=row.case, time=f"{row.seconds:.3f}"
+            suite,
+            "testcase",
+            classname=f"{row.backend}.{row.dtype}",
+            name=row.case,
+            time=f"{row.seconds:.3f}",
         )
         if row.status != "passed":
             tag = "failure" if row.status == "failed" else row.status

@@ -1,7 +1,475 @@
-"""The portable backend (first version: the reference)."""
+"""The portable backend: torch's own scaled_dot_product_attention, with the prior as extra columns of query and key.
+
+    logG[k] = Σ_axis -p (x_k - c)²  =  Σ_columns coefficient(query) · feature(key)  +  a constant of the row
+
+with the features -x², 2x of both axes and 1: softmax(scale · q·k + logG) is plain attention between widened queries and
+keys. Coefficients are split into terms whose sums are exact, or the row would keep the rounding errors of large terms
+that cancel (docs/sdpa.md).
+
+The backward recomputes P by blocks of queries. The gradients of center and precision are moments of dS around each
+query's own center; the columns would give moments around the grid's middle, where the same terms cancel again, rounded.
+"""
 
 from __future__ import annotations
 
-from .reference import attention, unsupported
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
-__all__ = ["attention", "unsupported"]
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad, scaled_dot_product_attention
+
+from .reference import SpatialShapes, cell_coordinates, ignored_keys
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+DENSE_LIMIT = 2**14  # scores; up to here a bias of queries × keys costs less than widened keys
+CPU_BLOCK = 2**19  # scores of a block, a thread
+DEVICE_BLOCK = 2**24
+# Far keys' probabilities must not become subnormal numbers, with which CPUs compute up to 100 times slower.
+LOWEST_LOGIT = {torch.float32: -70.0, torch.float64: -650.0}
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    scale_weights: Tensor | None,
+    spatial_shapes: SpatialShapes,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """The backend "sdpa"; arguments as in `smca_kernels.smca_attention`, already validated."""
+    if dropout_p > 0.0:
+        # Only SDPA knows what it dropped, so its own backward has to follow, in float32 for the columns' sake.
+        outputs = _widened(
+            query, key, value, center, precision, spatial_shapes, valid_shapes, key_padding_mask, dropout_p, scale,
+            _wide_dtype(query),
+        )  # fmt: skip
+        return _combined(outputs, scale_weights).to(query.dtype)
+    inputs = (
+        query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask,
+        [size for shape in spatial_shapes for size in shape], scale,
+    )  # fmt: skip
+    # The operator is for tracing; called eagerly its dispatch would be half of a small call's time.
+    out: Tensor = (_forward_operator(*inputs) if _is_traced(query) else _Attention.apply(*inputs))[0]
+    return out
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def unsupported(query: Tensor, *_: object) -> str | None:
+    """Why SDPA can't serve these inputs, or None if it can."""
+    if query.shape[0] == 0 or query.shape[2] == 0:
+        return f"needs at least one image and one query; query is {list(query.shape)}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------- operator and autograd
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    scale_weights: Tensor | None,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    spatial_shapes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, and each scale's [B, H, N, S, D] if the gradient of scale_weights needs them."""
+    shapes = _pairs(spatial_shapes)
+    dtype = _forward_dtype(query, shapes)
+    masks = (valid_shapes, key_padding_mask)
+    if query.shape[:3].numel() * key.shape[2] <= DENSE_LIMIT:
+        outputs = _dense(query, key, value, center, precision, shapes, *masks, scale)
+    else:
+        outputs = _widened(query, key, value, center, precision, shapes, *masks, 0.0, scale, dtype)
+    out = _combined(outputs, scale_weights).to(query.dtype)
+    return out, query.new_empty(0, dtype=dtype) if scale_weights is None else torch.stack(outputs, dim=3).to(dtype)
+
+
+_forward_operator = torch.library.custom_op("smca_kernels::sdpa_forward", _forward, mutates_args=())
+
+
+@_forward_operator.register_fake
+def _(query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, spatial_shapes, scale):
+    batch, heads, queries, head_dim = query.shape
+    dtype = _forward_dtype(query, _pairs(spatial_shapes))
+    shape = (0,) if scale_weights is None else (batch, heads, queries, len(spatial_shapes) // 2, head_dim)
+    return query.new_empty(query.shape), query.new_empty(shape, dtype=dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.spatial_shapes, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    scale_weights: Tensor | None,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale_outputs: Tensor,
+    spatial_shapes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the six inputs; that of absent scale_weights is empty.
+
+        dS = α P (dP - Σ P dP) with dP = dO·v,     dp = -Σ dS (x - c)²,     dc = 2 p Σ dS (x - c)
+
+    The sums over x need dS summed over y only, and the other way round: queries × (width + height).
+    """
+    shapes = _pairs(spatial_shapes)
+    batch, heads, queries, _ = query.shape
+    dtype = _wide_dtype(query)
+
+    def flat(tensor: Tensor) -> Tensor:  # [B, H or 1, ...] → [B·H, ...]
+        return tensor.expand(batch, heads, *tensor.shape[2:]).flatten(0, 1).to(dtype)
+
+    q, k, v, grad = flat(query) * scale, flat(key), flat(value), flat(grad_out)
+    axes = _axes(shapes, dtype, query.device)
+    p = flat(precision).flatten(2).index_select(2, axes.index)  # [B·H, N, Σ width + height]
+    distance = axes.coordinate - flat(center).flatten(2).index_select(2, axes.index)
+    prior = (distance * distance).mul_(p)
+    weights = None if scale_weights is None else flat(scale_weights)
+    ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
+
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    sums = torch.empty_like(prior)  # of dS over the other axis
+    for s, (height, width) in enumerate(shapes):
+        keys, columns, rows = axes.slices[s]
+        ignore = None if ignored[s] is None else ignored[s].repeat_interleave(heads, 0).unsqueeze(1)
+        grad_s = grad if weights is None else grad * weights[:, :, s : s + 1]
+        for h, n in _blocks(batch * heads, queries, height * width, query.device):
+            logits = (prior[h, n, rows].unsqueeze(3) + prior[h, n, columns].unsqueeze(2)).flatten(2)
+            logits.baddbmm_(q[h, n], k[h, keys].transpose(1, 2), beta=-1)
+            p_s = _probabilities(logits, None if ignore is None else ignore[h])
+            grad_v[h, keys].baddbmm_(p_s.transpose(1, 2), grad_s[h, n])
+            grad_p = torch.bmm(grad_s[h, n], v[h, keys].transpose(1, 2))
+            grad_logits = torch._softmax_backward_data(grad_p, p_s, -1, dtype)
+            grad_q[h, n].baddbmm_(grad_logits, k[h, keys])
+            grad_k[h, keys].baddbmm_(grad_logits.transpose(1, 2), q[h, n])
+            grid = grad_logits.unflatten(2, (height, width))
+            sums[h, n, columns], sums[h, n, rows] = grid.sum(2), grid.sum(3)
+    sums *= distance
+    grad_center = (sums * p) @ axes.total * 2
+    grad_precision = (sums * distance) @ -axes.total
+
+    def shaped(gradient: Tensor, like: Tensor) -> Tensor:
+        gradient = gradient.view(batch, heads, *like.shape[2:])
+        return (gradient.sum(1, keepdim=True) if like.shape[1] < heads else gradient).to(like.dtype)
+
+    grad_weights = query.new_empty(0)
+    if scale_weights is not None:
+        grad_weights = (grad_out.unsqueeze(3).to(dtype) * scale_outputs).sum(-1)
+        grad_weights = shaped(grad_weights.flatten(0, 1), scale_weights)
+    return (
+        shaped(grad_q.mul_(scale), query), shaped(grad_k, key), shaped(grad_v, value),
+        shaped(grad_center, center), shaped(grad_precision, precision), grad_weights,
+    )  # fmt: skip
+
+
+_backward_operator = torch.library.custom_op("smca_kernels::sdpa_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
+def _(grad_out, query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask,
+      scale_outputs, spatial_shapes, scale):  # fmt: skip
+    like = (query, key, value, center, precision)
+    gradients = [tensor.new_empty(tensor.shape) for tensor in like]
+    return *gradients, query.new_empty(0) if scale_weights is None else scale_weights.new_empty(scale_weights.shape)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _backward_operator(grad_out, *ctx.saved_tensors, ctx.spatial_shapes, ctx.scale)
+    wanted = ctx.needs_input_grad[:6]
+    return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *(None,) * 4
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "smca_attention: backend 'sdpa' has no double backward; use backend='reference' for second derivatives"
+    )
+
+
+_forward_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
+_backward_operator.register_autograd(_refuse)
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_differentiate)
+
+
+# --------------------------------------------------------------------------------------------------------- forward
+
+
+def _wide_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _forward_dtype(query: Tensor, shapes: SpatialShapes) -> torch.dtype:
+    """In which SDPA computes: on a CPU float32 is quicker than half precision; that holds coordinates to ±255 exactly."""
+    if query.dtype in HALF_DTYPES and (query.device.type == "cpu" or max(map(max, shapes)) > 511):
+        return torch.float32
+    return query.dtype
+
+
+def _combined(outputs: list[Tensor], scale_weights: Tensor | None) -> Tensor:
+    """Σ_s α_s O_s (Eq. 7–9)."""
+    if scale_weights is not None:
+        outputs = [output * scale_weights[..., s : s + 1] for s, output in enumerate(outputs)]
+    out = outputs[0]
+    for output in outputs[1:]:
+        out = out + output
+    return out
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    shapes: SpatialShapes,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+) -> list[Tensor]:
+    """O_s of each scale [B, H, N, D] with logG as SDPA's mask, for a few scores."""
+    dtype = _wide_dtype(query)
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
+    outputs, start = [], 0
+    for s, cells in enumerate(_cells(shapes, dtype, query.device)):
+        keys = len(cells)
+        distance = cells - center.narrow(3, s, 1)  # [B, H or 1, N, height · width, 2]
+        bias = (distance * distance * precision.narrow(3, s, 1)).sum(-1).neg_()
+        mask = ignored[s]
+        if mask is not None:
+            bias = bias.masked_fill(mask[:, None, None], -torch.inf)
+        k_s, v_s = k.narrow(2, start, keys), v.narrow(2, start, keys)
+        output = scaled_dot_product_attention(q, k_s, v_s, bias, scale=scale)
+        outputs.append(output if mask is None else _zero_where(mask.all(1), output))
+        start += keys
+    return outputs
+
+
+def _widened(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    shapes: SpatialShapes,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """O_s of each scale [B, H, N, D] by widened queries and keys, computed in `dtype`."""
+    heads, head_dim = query.shape[1], query.shape[3]
+    build = _features if not _is_traced(query) else _features.__wrapped__
+    table = build(shapes, dtype, query.device, head_dim)
+    features, lowest, highest = table.columns.expand(*key.shape[:3], -1), table.lowest, table.highest
+    ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
+    masks = [mask for mask in ignored if mask is not None]
+    if masks:
+        column = torch.cat(masks, 1)[:, None, :, None] * IGNORED_FEATURE[dtype]
+        features = torch.cat([column.to(dtype).expand(-1, heads, -1, -1), features[..., 1:]], -1)
+        lowest, highest = _valid_ranges(masks, shapes, lowest.dtype)
+    k = torch.cat([features, key.to(dtype)], -1)
+    v = pad(value.to(dtype), (0, k.shape[-1] - head_dim))  # fused kernels want equal widths
+    coefficients = _coefficients(center, precision, table, lowest, highest, dtype).expand(-1, heads, -1, -1, -1)
+    scaled = (query.to(dtype) * scale).unsqueeze(3).expand(-1, -1, -1, len(shapes), -1)
+    q = torch.cat([coefficients, scaled], -1)  # [B, H, N, S, columns + D]
+    # Products with fewer rows than 8 are summed in an order in which the terms are not exact.
+    q = pad(q, (0, 0, 0, 0, 0, -query.shape[2] % 8))
+    outputs, start = [], 0
+    for s, (height, width) in enumerate(shapes):
+        k_s, v_s = k.narrow(2, start, height * width), v.narrow(2, start, height * width)
+        output = scaled_dot_product_attention(q.select(3, s), k_s, v_s, dropout_p=dropout_p, scale=1.0)
+        output = output[:, :, : query.shape[2], :head_dim]
+        outputs.append(_zero_where(masks[s].all(1), output) if masks else output)
+        start += height * width
+    return outputs
+
+
+def _zero_where(empty: Tensor, output: Tensor) -> Tensor:
+    return output.masked_fill(empty[:, None, None, None], 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- widened columns
+
+# Columns: one for ignored keys, then the terms of the coefficients, the coarsest first: sums start with them and are
+# exact while they are large. In half precision these stand alone in the first 16 columns, so that no matrix instruction
+# aligns finer terms to them.
+IGNORED_COEFFICIENT = 2.0**15
+IGNORED_FEATURE = {torch.float64: -(2.0**80), torch.float32: -(2.0**80)} | dict.fromkeys(HALF_DTYPES, -(2.0**15))
+
+
+class _Features(NamedTuple):
+    """Columns of the keys, and what those of the queries need; positions are counted from each grid's middle."""
+
+    columns: Tensor  # [T, columns]
+    middle: Tensor  # [S, 2]: (x, y)
+    lowest: Tensor  # [S, 2]: position of the first cell
+    highest: Tensor  # [S, 2]: of the last
+    largest: Tensor  # [S, coefficients]: of the features' magnitudes
+    units: Tensor  # [coefficients]: powers of two in which coefficients are stored
+    steepest: Tensor  # [S, 1]: precision below which no product of float16 columns overflows, σ of 0.01 cells or less
+
+
+@lru_cache(maxsize=64)
+def _features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device, head_dim: int) -> _Features:
+    wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
+    with torch.inference_mode(False):
+        sizes = torch.tensor([(width, height) for height, width in shapes], dtype=wide, device=device)
+        middle = sizes // 2
+        units = torch.tensor([1.0] * 4 + [2.0**-6] * 2 + [2.0**-15] if dtype in HALF_DTYPES else [1.0] * 5)
+        units = units.to(sizes)
+        columns, largest = [], []
+        for s, (height, width) in enumerate(shapes):
+            cells = torch.stack(cell_coordinates(height, width, like=sizes), -1) - middle[s]
+            squares, one = cells**2, torch.ones_like(cells[:, :1])
+            if dtype in HALF_DTYPES:  # 8 bits each
+                high = squares.div(256, rounding_mode="floor") * 256
+                term = torch.cat([-high, high - squares, 2 * cells, one], 1) / units
+                columns.append(torch.cat([pad(term, (1, 8)), term, term], 1))
+            else:
+                term = torch.cat([-squares, 2 * cells, one], 1)
+                columns.append(pad(term.repeat(1, 3), (1, 0)))
+            largest.append(term.abs().amax(0))
+        joined = torch.cat(columns)
+        # Fused kernels on a GPU want widths that are a multiple of 8.
+        joined = pad(joined, (0, -(joined.shape[1] + head_dim) % 8)).to(dtype)
+        steepest = (2.0**27 / middle.clamp(min=1).amax(1, keepdim=True) ** 2).clamp(max=2.0**15)
+        return _Features(joined, middle, -middle, sizes - 1 - middle, torch.stack(largest), units, steepest)
+
+
+def _coefficients(
+    center: Tensor,  # [B, H or 1, N, S, 2]
+    precision: Tensor,  # [B, H or 1, N, S, 2]
+    table: _Features,
+    lowest: Tensor,  # [S, 2] or [B, 1, 1, S, 2]: position of the first valid cell
+    highest: Tensor,  # of the last
+    dtype: torch.dtype,
+) -> Tensor:
+    """Columns of the queries [B, H or 1, N, S, columns]; the row's constant is such that the largest logG is 0.
+
+    logG + constant = -p x² + 2 p c x + n (p n - 2 p c), with n the position of the valid cell nearest to c.
+    """
+    p, c = torch.broadcast_tensors(precision.to(table.middle.dtype), center - table.middle)
+    nearest = torch.clamp(c.detach().round(), lowest, highest)
+    if dtype == torch.float16:
+        p = torch.minimum(p, table.steepest)
+    slope = p * c
+    if dtype == torch.float16:
+        limit = 2 * table.steepest * table.middle.clamp(min=1)
+        slope = torch.clamp(slope, -limit, limit)
+    constant = (nearest * (p * nearest - 2 * slope)).sum(-1, keepdim=True)
+    half = dtype in HALF_DTYPES
+    rest = torch.cat([p, p, slope, constant] if half else [p, slope, constant], -1) * table.units
+    # Adding and subtracting `coarse` rounds to a common step, of which no partial sum has more than 2^24.
+    bound = (rest.detach().abs() * table.largest).sum(-1, keepdim=True)
+    coarse = bound * (2.0**-23 / torch.finfo(bound.dtype).eps) * table.units
+    terms = []
+    for _ in range(2):
+        terms.append(((rest.detach() + coarse) - coarse).to(dtype).to(bound.dtype))
+        rest = rest - terms[-1]
+        coarse = coarse * 2.0**-8
+    mask = torch.full_like(bound, IGNORED_COEFFICIENT)
+    columns = torch.cat([mask, pad(terms[0], (0, 8)) if half else terms[0], terms[1], rest], -1)
+    return pad(columns, (0, table.columns.shape[1] - columns.shape[-1])).to(dtype)
+
+
+def _valid_ranges(masks: list[Tensor], shapes: SpatialShapes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """First and last column and row with a valid cell, [B, 1, 1, S, 2] each, counted from each grid's middle."""
+    lowest, highest = [], []
+    for mask, (height, width) in zip(masks, shapes, strict=True):
+        valid = ~mask.unflatten(1, (height, width))
+        for some, size in ((valid.any(1), width), (valid.any(2), height)):
+            position = torch.arange(size, device=mask.device, dtype=dtype) - size // 2
+            lowest.append(torch.where(some, position, size).amin(1))
+            highest.append(torch.where(some, position, -size).amax(1))
+    batch, scales = len(masks[0]), len(shapes)
+    low, high = (torch.stack(ends, 1).view(batch, 1, 1, scales, 2) for ends in (lowest, highest))
+    return low, high
+
+
+# --------------------------------------------------------------------------------------------------- shared tables
+
+
+@lru_cache(maxsize=64)
+def _cells(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """(x, y) of every cell of each grid, row-major [height · width, 2]."""
+    with torch.inference_mode(False):
+        like = torch.empty(0, dtype=dtype, device=device)
+        return [torch.stack(cell_coordinates(*shape, like=like), -1) for shape in shapes]
+
+
+class _Axes(NamedTuple):
+    """The columns and the rows of each grid, one scale after the other, along one dimension of Σ width + height."""
+
+    coordinate: Tensor  # [Σ width + height]
+    index: Tensor  # [Σ width + height]: 2 s for a column, 2 s + 1 for a row of scale s
+    total: Tensor  # [Σ width + height, 2 S]: 1 where `index` says so
+    slices: list[tuple[slice, slice, slice]]  # of each scale: keys, columns, rows
+
+
+@lru_cache(maxsize=64)
+def _axes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> _Axes:
+    with torch.inference_mode(False):
+        sizes = [size for height, width in shapes for size in (width, height)]
+        coordinate = torch.cat([torch.arange(size, dtype=dtype, device=device) for size in sizes])
+        repeats = torch.tensor(sizes, device=device)
+        index = torch.arange(len(sizes), device=device).repeat_interleave(repeats)
+        slices, key, place = [], 0, 0
+        for height, width in shapes:
+            columns, rows = slice(place, place + width), slice(place + width, place + width + height)
+            slices.append((slice(key, key + height * width), columns, rows))
+            key, place = key + height * width, rows.stop
+        return _Axes(coordinate, index, one_hot(index, len(sizes)).to(dtype), slices)
+
+
+def _pairs(spatial_shapes: Sequence[int]) -> SpatialShapes:
+    return tuple(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+
+
+def _blocks(heads: int, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Cover [heads, queries] with blocks whose scores with all keys fit a cache: several heads, or a part of one."""
+    limit = min(CPU_BLOCK * torch.get_num_threads(), 2**22) if device.type == "cpu" else DEVICE_BLOCK
+    some_heads = min(heads, max(1, limit // (queries * keys)))
+    parts = 1 if some_heads > 1 else -(-queries // max(1, limit // keys))
+    some_queries = -(-queries // parts)
+    for h in range(0, heads, some_heads):
+        for n in range(0, queries, some_queries):
+            yield slice(h, h + some_heads), slice(n, n + some_queries)
+
+
+def _probabilities(logits: Tensor, ignore: Tensor | None) -> Tensor:
+    """softmax over the last dimension, 0 for ignored keys; overwrites `logits`."""
+    if ignore is not None:
+        logits.masked_fill_(ignore, -torch.inf)
+    if logits.device.type == "cpu":
+        logits.clamp_(min=logits.amax(-1, keepdim=True).add_(LOWEST_LOGIT[logits.dtype]))
+    probabilities = logits.softmax(-1)
+    return probabilities if ignore is None else probabilities.masked_fill_(ignore, 0.0)

@@ -14,7 +14,6 @@ import torch
 from benchmarks import bench_attention, small_shapes
 from benchmarks.bench_attention import Repeats, Subject
 from benchmarks.workloads import BARS, BOTH, FORWARD, MEASURES, WORKLOADS, Bar, Workload
-from smca_kernels.parity import CASES
 
 CPU = torch.device("cpu")
 FEW_CELLS = Workload("few cells", 2, 5, 2, 16, ((4, 5), (2, 3)))
@@ -147,8 +146,12 @@ def test_json_in_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None
         bench_attention.run(argparse.Namespace(quick=True, json=tmp_path / "none" / "bench.json"))
 
 
-def test_small_shapes_name_cases_of_the_parity_sweep() -> None:
-    assert set(small_shapes.NAMES) <= {case.name for case in CASES}
+def test_small_shapes_refuse_to_run_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert small_shapes.main() == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 def test_gpu_run_goes_on_after_failures_and_tells_each_step(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -82,6 +83,20 @@ def test_the_driver_is_read_from_the_kernel_where_nvidia_smi_is_missing(
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(environment, "_text", lambda path: line)
     assert environment.nvidia_driver() == version
+
+
+def test_a_gpu_is_described_by_what_is_known_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(environment, "nvidia_driver", lambda: "")
+    assert environment.describe(torch.device("cuda:0")) == {
+        "name": "A GPU",
+        "capability": "9.0",
+        "multiprocessors": "132",
+        "memory": "80.0 GiB",
+    }
 
 
 def test_the_driver_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -196,6 +196,8 @@ def unsupported(
     """Why the Triton kernels can't serve these inputs on this device, or None if they can."""
     if query.device.type != "cuda" and not INTERPRETED:
         return f"needs a CUDA device, or TRITON_INTERPRET=1 set before Triton is imported; query is on {query.device}"
+    if query.shape[0] == 0 or query.shape[2] == 0:
+        return f"needs at least one image and one query; query is {list(query.shape)}"
     if query.dtype not in DTYPES:
         return f"serves float16, bfloat16 and float32; query is {query.dtype}"
     if query.is_cuda and query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) < (8, 0):
