@@ -127,19 +127,20 @@ class Subject:
 # -------------------------------------------------------------------------------------------- calls and sizes
 
 
-def attend(inputs: Inputs, backend: str) -> Tensor:
-    """`smca_attention` on inputs."""
+def forward_call(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
+    """`smca_attention` on inputs, ready to be called."""
     from smca_kernels import smca_attention
     from smca_kernels.demo import call_arguments
 
-    return smca_attention(**call_arguments(inputs), backend=backend)
+    return partial(smca_attention, **call_arguments(inputs), backend=backend)
 
 
-def attend_both(inputs: Inputs, backend: str) -> None:
-    """`smca_attention` on inputs, and its backward to all of them."""
+def both_call(inputs: Inputs, backend: str) -> Callable[[], object]:
+    """The same with its backward to all six tensors."""
     import torch
 
-    torch.autograd.grad(attend(inputs, backend), list(inputs.differentiable().values()), inputs.grad_output)
+    forward, leaves = forward_call(inputs, backend), list(inputs.differentiable().values())
+    return lambda: torch.autograd.grad(forward(), leaves, inputs.grad_output)
 
 
 def input_bytes(inputs: Inputs) -> int:
@@ -209,21 +210,19 @@ def measure_time(subject: Subject, repeats: int) -> Iterator[Row]:
     count = min(MOST_ROTATED, 1 + int(ROTATED_BYTES // input_bytes(first)))
     sets = [first, *(subject.inputs(SEED + i) for i in range(1, count))]
 
-    def forward(backend: str, repeat: int) -> None:
-        with torch.no_grad():
-            attend(sets[repeat % count], backend)
+    def in_turn(calls: list[Callable[[], object]], repeat: int) -> None:
+        calls[repeat % count]()
 
-    def both(backend: str, repeat: int) -> None:
-        attend_both(sets[repeat % count], backend)
-
-    for step, function in ((FORWARD, forward), (BOTH, both)):
-        calls = {name: partial(function, backend) for name, backend in subject.backends.items()}
-        values = {
-            name: [1e3 * s for s in seconds]
-            for name, seconds in interleaved_times(calls, repeats, subject.device).items()
+    for step, make_call in ((FORWARD, forward_call), (BOTH, both_call)):
+        calls = {
+            name: partial(in_turn, [make_call(inputs, backend) for inputs in sets])
+            for name, backend in subject.backends.items()
         }
-        for name in values:
-            yield subject.row("time", step, name, values[name], statistics.median(values["reference"]))
+        with torch.set_grad_enabled(step == BOTH):
+            seconds = interleaved_times(calls, repeats, subject.device)
+        naive = 1e3 * statistics.median(seconds["reference"])
+        for name in calls:
+            yield subject.row("time", step, name, [1e3 * s for s in seconds[name]], naive)
 
 
 def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
@@ -241,10 +240,10 @@ def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
         FORWARD: partial(scaled_dot_product_attention, *plain),
         BOTH: plain_both,
     }
-    for step, function in ((FORWARD, attend), (BOTH, attend_both)):
-        calls: dict[str, Callable[[], object]] = {"torch": torch_calls[step]}
+    for step, make_call in ((FORWARD, forward_call), (BOTH, both_call)):
+        calls = {"torch": torch_calls[step]}
         fused = [name for name in subject.backends if name != "reference"]
-        calls |= {name: partial(function, inputs, subject.backends[name]) for name in fused}
+        calls |= {name: make_call(inputs, subject.backends[name]) for name in fused}
         values = host_times(calls, repeats, subject.device)
         for name in fused:
             yield subject.row("overhead", step, name, values[name], statistics.median(values["torch"]))
@@ -257,14 +256,14 @@ def measure_memory(subject: Subject) -> Iterator[Row]:
     inputs = subject.inputs()
     given = input_bytes(inputs) / 1e6
     for name, backend in subject.backends.items():
-        saved = saved_bytes(partial(attend, inputs, backend)) / 1e6
+        saved = saved_bytes(forward_call(inputs, backend)) / 1e6
         yield subject.row("saved", FORWARD, name, [saved], given)
         if name == "triton":
             yield subject.row(
                 "saved per scale", FORWARD, name, [saved], given + per_scale_bytes(inputs) / 1e6
             )
     peaks = {
-        name: peak_bytes(partial(attend_both, inputs, backend), subject.device) / 1e6
+        name: peak_bytes(both_call(inputs, backend), subject.device) / 1e6
         for name, backend in subject.backends.items()
     }
     for name, peak in peaks.items():
@@ -279,7 +278,7 @@ def check_parity(subject: Subject) -> list[str]:
         f"{name}, {subject.dtype}: {comparison}"
         for name, backend in subject.backends.items()
         if name != "reference"
-        for comparison in check(subject.workload.case(subject.dtype), backend, subject.device, SEED)
+        for comparison in check(subject.inputs(), backend)
         if not comparison.ratio <= 1.0
     ]
 

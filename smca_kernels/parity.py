@@ -1,6 +1,6 @@
 """Is a backend as right as PyTorch itself? Error budgets, the sweep they are held against, and `smca parity`.
 
-    budget = 2 · (max |eager − oracle| + one rounding step)
+    budget = 2 · (max |eager - oracle| + one rounding step)
 
 The oracle is `reference.py` in float64 on the same values. Eager is `reference.py` in the inputs' own dtypes
 with native autograd: what a user would have written. The budget comes from data, so it needs no tolerance per
@@ -10,12 +10,13 @@ What the maximum over a tensor hides: errors in rows far smaller than the larges
 can be hundreds of times those of a fine one, so everything that belongs to one scale (key, value, center,
 precision, scale_weights) is compared scale by scale, and all rows of a case have their prior from one regime.
 
-The rounding step is that of the dtype of query, key and value at the oracle's largest magnitude, also for the
-float32 gradients of center, precision and scale_weights beside half-precision inputs: they are sums of products
-of half-precision numbers. It is never less than a float32 step at the sum of the absolute terms behind an
-element, which is what another order of summation may change. That matters where terms cancel: P (dP − δ) is
-0 for a single key and next to 0 under a narrow prior, exactly so in eager's order and in no other. P itself,
-recomputed from a stored log-sum-exp as a backward pass must, carries the rounding of an exponent that large.
+The rounding step is that of the dtype of query, key and value at the oracle's largest magnitude, also for
+the float32 gradients of center, precision and scale_weights beside half-precision inputs: they are sums
+of products of half-precision numbers. It is never less than a float32 step at the sum of the absolute
+terms behind an element, which is what another order of summation may change. That matters where terms
+cancel: dS = P (dP - δ) is 0 for a single key and next to 0 under a narrow prior, exactly so in eager's
+order and in no other. P itself, recomputed from a stored log-sum-exp as a backward pass must, carries the
+rounding of an exponent that large.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def compare(
     if actual.dtype != eager.dtype:
         raise ValueError(f"{name}: eager has dtype {eager.dtype}, got {actual.dtype}")
     wide = actual.double()
-    # NaN − NaN and inf − inf are no error; every other difference that is not a number is an infinite one.
+    # NaN - NaN and inf - inf are no error; every other difference that is not a number is an infinite one.
     same = (wide == oracle) | (wide.isnan() & oracle.isnan())
     difference = torch.where(same, 0.0, (wide - oracle).abs().nan_to_num(nan=math.inf))
     flat = int(difference.argmax())
@@ -458,8 +459,8 @@ def _output_and_gradients(output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
 def absolute_sums(inputs: Inputs) -> dict[str, list[float]]:
     """Largest sum of absolute terms behind an element of output and gradients, scale by scale.
 
-    The terms are α P times value, grad_output, or (through dS, with |dO|·|v| in place of dP − δ) key, query,
-    2 p (x − c) and (x − c)². Each counts max(1, |LSE|) times, by which P = exp(logit − LSE) magnifies a
+    The terms are α P times value, grad_output, or (through dS, with |dO|·|v| in place of dP - δ) key, query,
+    2 p (x - c) and (x - c)². Each counts max(1, |LSE|) times, by which P = exp(logit - LSE) magnifies a
     rounding of its exponent.
     """
     shapes, scale = inputs.spatial_shapes, inputs.backend_arguments()[-1]

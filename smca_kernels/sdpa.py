@@ -55,7 +55,6 @@ def attention(
         query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask,
         [size for shape in spatial_shapes for size in shape], scale,
     )  # fmt: skip
-    # The operator is for tracing; called eagerly its dispatch would be half of a small call's time.
     out: Tensor = (_forward_operator(*inputs) if _is_traced(query) else _Attention.apply(*inputs))[0]
     return out
 
@@ -95,7 +94,9 @@ def _forward(
     else:
         outputs = _widened(query, key, value, center, precision, shapes, *masks, 0.0, scale, dtype)
     out = _combined(outputs, scale_weights).to(query.dtype)
-    return out, query.new_empty(0, dtype=dtype) if scale_weights is None else torch.stack(outputs, dim=3).to(dtype)
+    if scale_weights is None:
+        return out, query.new_empty(0, dtype=dtype)
+    return out, (torch.stack(outputs, dim=3) if len(outputs) > 1 else outputs[0].unsqueeze(3)).to(dtype)
 
 
 _forward_operator = torch.library.custom_op("smca_kernels::sdpa_forward", _forward, mutates_args=())
@@ -107,12 +108,6 @@ def _(query, key, value, center, precision, scale_weights, valid_shapes, key_pad
     dtype = _forward_dtype(query, _pairs(spatial_shapes))
     shape = (0,) if scale_weights is None else (batch, heads, queries, len(spatial_shapes) // 2, head_dim)
     return query.new_empty(query.shape), query.new_empty(shape, dtype=dtype)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.spatial_shapes, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(
@@ -144,8 +139,9 @@ def _backward(
 
     q, k, v, grad = flat(query) * scale, flat(key), flat(value), flat(grad_out)
     axes = _axes(shapes, dtype, query.device)
-    p = flat(precision).flatten(2).index_select(2, axes.index)  # [B·H, N, Σ width + height]
-    distance = axes.coordinate - flat(center).flatten(2).index_select(2, axes.index)
+    index = axes.index.expand(batch * heads, queries, -1)
+    p = flat(precision).flatten(2).gather(2, index)  # [B·H, N, Σ width + height]
+    distance = axes.coordinate - flat(center).flatten(2).gather(2, index)
     prior = (distance * distance).mul_(p)
     weights = None if scale_weights is None else flat(scale_weights)
     ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
@@ -196,10 +192,18 @@ def _(grad_out, query, key, value, center, precision, scale_weights, valid_shape
     return *gradients, query.new_empty(0) if scale_weights is None else scale_weights.new_empty(scale_weights.shape)
 
 
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.spatial_shapes, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
 def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _backward_operator(grad_out, *ctx.saved_tensors, ctx.spatial_shapes, ctx.scale)
-    wanted = ctx.needs_input_grad[:6]
-    return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *(None,) * 4
+    # With grad mode on, a graph of the backward is wanted: the operator refuses it.
+    backward = _backward_operator if torch.is_grad_enabled() or _is_traced(grad_out) else _backward
+    gradients = backward(grad_out, *ctx.saved_tensors, ctx.spatial_shapes, ctx.scale)
+    wanted = zip(gradients, ctx.needs_input_grad[:6], strict=True)
+    return *(gradient if is_wanted else None for gradient, is_wanted in wanted), *(None,) * 4
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
@@ -213,8 +217,14 @@ _backward_operator.register_autograd(_refuse)
 
 
 class _Attention(torch.autograd.Function):
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_save_for_backward)
+    """The operator's autograd without its dispatch, which takes longer than a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_differentiate)
 
 
@@ -286,28 +296,32 @@ def _widened(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """O_s of each scale [B, H, N, D] by widened queries and keys, computed in `dtype`."""
-    heads, head_dim = query.shape[1], query.shape[3]
-    build = _features if not _is_traced(query) else _features.__wrapped__
-    table = build(shapes, dtype, query.device, head_dim)
-    features, lowest, highest = table.columns.expand(*key.shape[:3], -1), table.lowest, table.highest
+    batch, heads, queries, head_dim = query.shape
+    build = _features.__wrapped__ if _is_traced(query) else _features
+    table = build(shapes, dtype, query.device)
+    features, lowest, highest = table.columns.expand(batch, heads, -1, -1), table.lowest, table.highest
     ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
     masks = [mask for mask in ignored if mask is not None]
     if masks:
         column = torch.cat(masks, 1)[:, None, :, None] * IGNORED_FEATURE[dtype]
         features = torch.cat([column.to(dtype).expand(-1, heads, -1, -1), features[..., 1:]], -1)
         lowest, highest = _valid_ranges(masks, shapes, lowest.dtype)
-    k = torch.cat([features, key.to(dtype)], -1)
-    v = pad(value.to(dtype), (0, k.shape[-1] - head_dim))  # fused kernels want equal widths
     coefficients = _coefficients(center, precision, table, lowest, highest, dtype).expand(-1, heads, -1, -1, -1)
-    scaled = (query.to(dtype) * scale).unsqueeze(3).expand(-1, -1, -1, len(shapes), -1)
-    q = torch.cat([coefficients, scaled], -1)  # [B, H, N, S, columns + D]
+    q, k, v = query.to(dtype) * scale, key.to(dtype), value.to(dtype)
+    if head_dim % 8:  # fused kernels on a GPU want multiples of 8
+        q, k, v = (pad(tensor, (0, -head_dim % 8)) for tensor in (q, k, v))
+    q = torch.cat([coefficients, q.unsqueeze(3).expand(-1, -1, -1, len(shapes), -1)], -1)
     # Products with fewer rows than 8 are summed in an order in which the terms are not exact.
-    q = pad(q, (0, 0, 0, 0, 0, -query.shape[2] % 8))
+    q = pad(q, (0, 0, 0, 0, 0, -queries % 8))
+    # Fused kernels want keys and values of equal width: the values' surplus columns are whatever stands before them.
+    features_keys_values = torch.cat([features, k, v], -1)
+    k = features_keys_values.narrow(3, 0, q.shape[-1])
+    v = features_keys_values.narrow(3, k.shape[-1] - table.columns.shape[1], q.shape[-1])
     outputs, start = [], 0
     for s, (height, width) in enumerate(shapes):
         k_s, v_s = k.narrow(2, start, height * width), v.narrow(2, start, height * width)
         output = scaled_dot_product_attention(q.select(3, s), k_s, v_s, dropout_p=dropout_p, scale=1.0)
-        output = output[:, :, : query.shape[2], :head_dim]
+        output = output[:, :, :queries, table.columns.shape[1] :][..., :head_dim]
         outputs.append(_zero_where(masks[s].all(1), output) if masks else output)
         start += height * width
     return outputs
@@ -339,7 +353,7 @@ class _Features(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device, head_dim: int) -> _Features:
+def _features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> _Features:
     wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
     with torch.inference_mode(False):
         sizes = torch.tensor([(width, height) for height, width in shapes], dtype=wide, device=device)
@@ -353,16 +367,15 @@ def _features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device, h
             if dtype in HALF_DTYPES:  # 8 bits each
                 high = squares.div(256, rounding_mode="floor") * 256
                 term = torch.cat([-high, high - squares, 2 * cells, one], 1) / units
-                columns.append(torch.cat([pad(term, (1, 8)), term, term], 1))
+                columns.append(torch.cat([pad(term, (1, 8)), term, pad(term, (0, 2))], 1))
             else:
                 term = torch.cat([-squares, 2 * cells, one], 1)
                 columns.append(pad(term.repeat(1, 3), (1, 0)))
             largest.append(term.abs().amax(0))
-        joined = torch.cat(columns)
-        # Fused kernels on a GPU want widths that are a multiple of 8.
-        joined = pad(joined, (0, -(joined.shape[1] + head_dim) % 8)).to(dtype)
         steepest = (2.0**27 / middle.clamp(min=1).amax(1, keepdim=True) ** 2).clamp(max=2.0**15)
-        return _Features(joined, middle, -middle, sizes - 1 - middle, torch.stack(largest), units, steepest)
+        return _Features(
+            torch.cat(columns).to(dtype), middle, -middle, sizes - 1 - middle, torch.stack(largest), units, steepest
+        )
 
 
 def _coefficients(
@@ -397,8 +410,9 @@ def _coefficients(
         rest = rest - terms[-1]
         coarse = coarse * 2.0**-8
     mask = torch.full_like(bound, IGNORED_COEFFICIENT)
-    columns = torch.cat([mask, pad(terms[0], (0, 8)) if half else terms[0], terms[1], rest], -1)
-    return pad(columns, (0, table.columns.shape[1] - columns.shape[-1])).to(dtype)
+    if half:
+        terms[0], rest = pad(terms[0], (0, 8)), pad(rest, (0, 2))
+    return torch.cat([mask, *terms, rest], -1).to(dtype)
 
 
 def _valid_ranges(masks: list[Tensor], shapes: SpatialShapes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -284,7 +284,7 @@ class LoopCost:
 
     source: str  # first source line of its body
     instructions: int  # in the body, per thread
-    tiles: int  # tiles that one trip of the machine loop covers (> 1 where ptxas unrolled)
+    tiles: float  # tiles that one trip of the machine loop covers: > 1 where ptxas unrolled, < 1 over smaller tiles
     per_element: dict[str, float]  # by class
     tensor_flops: float | None  # FP16-equivalent, per element; None where only a descriptor tells
     fp32_operations: float  # per element; packed pairs count two
@@ -447,9 +447,10 @@ def _loop_cost(
     counts = dict.fromkeys(CLASSES, 0)
     for instruction in body:
         counts[instruction.kind] += 1
-    # Where ptxas unrolled the loop, its body holds a multiple of the exp2 in PTX's. EX2 × threads alone would
-    # mistake a tile that is replicated across warps for an unrolled one.
-    tiles = max(1, counts["ex2"] // expected_ex2) if expected_ex2 else 1
+    # Where ptxas unrolled the loop, its body holds a multiple of the exp2 in PTX's; a loop over smaller tiles holds
+    # a part. EX2 × threads alone would mistake a tile that is replicated across warps for an unrolled one.
+    ratio = counts["ex2"] / expected_ex2 if expected_ex2 and counts["ex2"] else 1.0
+    tiles = ratio if ratio < 0.75 else max(1.0, ratio // 1)
     share = threads / (elements_per_iteration * tiles)
     tensor = [_tensor_flops(i.opcode) for i in body if i.kind == "tensor"]
     flops = None if None in tensor else sum(f for f in tensor if f is not None) / 32 * share

@@ -26,7 +26,7 @@ from smca_kernels.parity import (
 
 pytest.importorskip("triton")
 
-from smca_kernels.kernels import launch, operator
+from smca_kernels.kernels import backward, forward, launch, operator
 
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
@@ -269,7 +269,7 @@ def test_full_graph_compiles_once_for_all_grids_batches_and_queries(device: torc
     compiled = torch.compile(attend_maps, fullgraph=True, dynamic=True, backend=COMPILER)
     stance = "default"
     for batch, queries, sides in [
-        # Dynamo takes sizes that are equal at first for one: these all differ, also from the two axes and scales.
+        # Dynamo takes sizes that are equal at first for one: these all differ, and none is 2.
         (3, 10, [(6, 7), (4, 5)]),
         (4, 7, [(4, 5), (3, 2)]),
         (2, 4, [(6, 3), (3, 2)]),
@@ -391,7 +391,7 @@ def test_transposed_projections_reach_the_kernels_without_a_copy(
 
 
 def specialisation(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What Triton compiles for, given that no number is specialised on its value: types, alignment, options."""
+    """What Triton compiles for where it specialises on no number: types, alignment, constants, options."""
     result: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
@@ -422,20 +422,18 @@ def test_other_grids_batches_and_queries_need_no_other_kernel(
         assert others == [first] * 4, name
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_no_number_that_a_kernel_takes_is_specialised_on(name: str) -> None:
-    from smca_kernels.kernels import backward, forward
-
-    kernel = getattr(launch, name)
-    unspecialised = (forward if name == "forward_kernel" else backward).UNSPECIALIZED
-    function = getattr(kernel, "fn", kernel)
-    annotations = function.__annotations__
-    runtime = [each for each in kernel.arg_names if "constexpr" not in str(annotations.get(each, ""))]
-    numbers = [each for each in runtime if each in unspecialised]
-    pointers = runtime[: len(runtime) - len(numbers)]
-    # Pointers come first; every argument after them is a number that Triton is told not to look at.
-    assert runtime == pointers + numbers
-    assert not {"heads", "queries", "scales"} - set(numbers)
+def test_triton_is_told_to_specialise_on_no_number(
+    recorders: dict[str, Recorder], device: torch.device, generator: torch.Generator
+) -> None:
+    run_backend(make_inputs(SMALL, generator, device), "triton")
+    for name, recorder in recorders.items():
+        (arguments,) = recorder.launches
+        # Compile-time constants are written in capitals.
+        numbers = {
+            each for each in recorder.names if each.islower() and isinstance(arguments[each], (int, float))
+        }
+        assert {"heads", "queries", "scales"} <= numbers
+        assert numbers <= set((forward if name == "forward_kernel" else backward).UNSPECIALIZED), name
 
 
 @needs_gpu

@@ -278,6 +278,7 @@ def key_major_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_DIRECT: tl.constexpr,  # queries of a block on the direct path, which keeps seven numbers for each
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -315,7 +316,6 @@ def key_major_kernel(
     ignored = (x >= valid_width) | (y >= valid_height)
     if key_padding_mask is not None:
         ignored |= tl.load(key_padding_mask + b * keys + key_index) != 0
-    features = mark_ignored(tile_features(TILE_H, TILE_W, grad_key, never), ignored)
     if seed is not None:
         drop_seed = tl.load(seed)
 
@@ -327,21 +327,24 @@ def key_major_kernel(
     middle_x = from_middle(tile_x + TILE_W - 1, TILE_W)
     middle_y = from_middle(tile_y + TILE_H - 1, TILE_H)
 
-    narrowest = tl.zeros([BLOCK_N], tl.float32)
+    direct = 1
     if DIRECT_ONLY == 0:
+        narrowest = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, queries, BLOCK_N):
             rows = tl.minimum(start + tl.arange(0, BLOCK_N), queries - 1) * scales * 2
             narrowest = tl.maximum(narrowest, tl.load(precision + rows))
             narrowest = tl.maximum(narrowest, tl.load(precision + rows + 1))
-    direct = uniform((tl.max(narrowest, 0) > precision_limit).to(tl.int32))
-    # A tile outside the image has no work, only zeros to write.
-    blocks = tl.where((tile_x < valid_width) & (tile_y < valid_height), tl.cdiv(queries, BLOCK_N), 0)
+        direct = uniform((tl.max(narrowest, 0) > precision_limit).to(tl.int32))
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for DIRECT in tl.static_range(DIRECT_ONLY, 2):
-        for block in range(tl.where(direct == DIRECT, blocks, 0) if DIRECT_ONLY == 0 else blocks):
-            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        features = mark_ignored(tile_features(TILE_H, TILE_W, grad_key, never), ignored)
+        blocks = tl.cdiv(queries, BLOCK_DIRECT if DIRECT else BLOCK_N)
+        # A tile outside the image has no work, only zeros to write.
+        has_work = (tile_x < valid_width) & (tile_y < valid_height) & (direct == DIRECT)
+        for block in range(tl.where(has_work, blocks, 0)):
+            n = block * (BLOCK_DIRECT if DIRECT else BLOCK_N) + tl.arange(0, BLOCK_DIRECT if DIRECT else BLOCK_N)
             in_range = n < queries
             n = tl.minimum(n, queries - 1)
             q = load_rows(query, n, q_n * UNIT, HEAD_DIM, BLOCK_D)
@@ -365,7 +368,7 @@ def key_major_kernel(
                 base = base_of_tile(r_x, r_y, e_x, e_y, d_x, d_y) + log_sum * inverse_scale
                 coefficients = tile_coefficients(coefficients, r_x, r_y, e_x, e_y, base)
 
-            # [KEYS, BLOCK_N]
+            # [KEYS, BLOCK_N or BLOCK_DIRECT]
             logits = dot(k, tl.trans(q), None, PRECISION)
             logits = dot(features, tl.trans(coefficients), logits, PRECISION)
             if DIRECT:

@@ -54,19 +54,19 @@ CONFIGURATIONS: dict[tuple[str, int, bool], dict[int, Configuration]] = {
         128: Configuration(64, 4, 8, 4, 2),
     },
     ("key_major", 2, False): {
-        32: Configuration(64, 8, 8, 4, 2),
+        32: Configuration(32, 16, 8, 4, 1),
         64: Configuration(32, 8, 8, 4, 1),
         128: Configuration(64, 4, 8, 4, 2),
     },
     ("key_major", 2, True): {
-        32: Configuration(32, 8, 16, 4, 2),
-        64: Configuration(64, 8, 8, 4, 1),
+        32: Configuration(64, 8, 16, 4, 2),
+        64: Configuration(64, 8, 8, 4, 2),
         128: Configuration(64, 4, 8, 4, 2),
     },
 }
 # Where products are FMAs, of fp32 inputs and below sm_80 of all, one configuration serves all three kernels.
 FMA_CONFIGURATION = Configuration(32, 4, 4, 2, 2)
-WEIGH_CONFIGURATION = Configuration(32, 1, 1, 4, 1)
+WEIGH_CONFIGURATION = Configuration(64, 1, 1, 4, 1)
 
 # Largest precision (per cell²) whose expanded prior is within a quarter of the dtype's rounding step: tiles.py.
 PRECISION_LIMITS = {torch.float16: 4.0, torch.bfloat16: 32.0, torch.float32: 0.0}
@@ -104,6 +104,8 @@ def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: 
             "PRECISION": dot_precision(dtype),
             "DIRECT_ONLY": int(dtype == torch.float32),
         }
+    if kernel == "key_major":
+        arguments["BLOCK_DIRECT"] = chosen.block_n if dtype == torch.float32 else chosen.block_n // 2
     return arguments
 
 
