@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from . import reference, sdpa
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BACKENDS = ("triton", "sdpa", "reference")  # fastest first
+OTHER_TENSORS = ("key", "value", "center", "precision", "scale_weights")
 MAX_HEAD_DIM = 128
 MAX_SCALES = 8
 
@@ -91,18 +92,19 @@ def smca_attention(
 
     Source: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021, Eq. 3–9.
     """
-    query, key, value = _autocast(query, key, value)
+    dtype = _autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = _cast(dtype, query, key, value)
     inputs = _validated(
         query, key, value, center, precision, scale_weights, spatial_shapes, valid_shapes, key_padding_mask,
         dropout_p, scale,
     )  # fmt: skip
-    module = _module(_choose(backend, inputs)[0])
-    device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        # The dtypes are settled; autocast inside a backend would round the prior's logits.
-        with torch.autocast(device_type, enabled=False):
-            return module.attention(*inputs)
-    return module.attention(*inputs)
+    attention = _module(_choose(backend, inputs)[0]).attention
+    if dtype is None:
+        return attention(*inputs)
+    # The dtypes are settled; autocast inside a backend would round the prior.
+    with torch.autocast(query.device.type, enabled=False):
+        return attention(*inputs)
 
 
 def explain_backend(
@@ -131,7 +133,9 @@ def explain_backend(
     Raises:
         As `smca_attention`.
     """
-    query, key, value = _autocast(query, key, value)
+    dtype = _autocast_dtype(query)
+    if dtype is not None:
+        query, key, value = _cast(dtype, query, key, value)
     inputs = _validated(
         query, key, value, center, precision, scale_weights, spatial_shapes, valid_shapes, key_padding_mask,
         dropout_p, scale,
@@ -193,18 +197,21 @@ def attention_map(
     ]
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as torch's own attention does inside an autocast region: every floating dtype but float64."""
-    if not isinstance(tensors[0], Tensor):
-        return tensors
-    device_type = tensors[0].device.type
+def _autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """What autocast casts to on query's device, or None outside of autocast regions."""
+    if not isinstance(query, Tensor):
+        return None
+    device_type = query.device.type
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATING_DTYPES and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
+    """As torch's own attention casts: every floating dtype but float64."""
+    for tensor in tensors:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        yield tensor.to(dtype) if eligible else tensor
 
 
 def _choose(backend: str, inputs: Inputs) -> tuple[str, dict[str, str]]:
@@ -272,61 +279,28 @@ def _validated(
     scale: float | None,
 ) -> Inputs:
     """Everything checked and brought into the backends' form; sizes may be symbolic while tracing."""
-    tensors = {"query": query, "key": key, "value": value, "center": center, "precision": precision}
-    if scale_weights is not None:
-        tensors["scale_weights"] = scale_weights
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {_kind(tensor)}")
-
-    dtype, device = query.dtype, query.device
-    if dtype not in FLOATING_DTYPES:
-        raise TypeError(f"query must be one of {_names(FLOATING_DTYPES)}, got {dtype}")
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype and (name in ("key", "value") or tensor.dtype != torch.float32):
-            expected = f"{dtype} as query" if name in ("key", "value") else f"torch.float32 or {dtype} as query"
-            raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {device} as query, got {tensor.device}")
-
+    _check_kinds(query, key, value, center, precision, scale_weights)
     shapes = _grids(spatial_shapes)
-    S = len(shapes)
-    if query.dim() != 4:
-        raise ValueError(f"query must be [B, H, N, D], got {_shape(query)}")
-    B, H, N, D = query.shape
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"query must have head_dim D from 1 to {MAX_HEAD_DIM}, got {_shape(query)}")
-    if H < 1:
-        raise ValueError(f"query must have at least one head, got {_shape(query)}")
-    T = sum(height * width for height, width in shapes)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != (B, H, T, D):
-            expected = f"[B={B}, H={H}, T={T}, D={D}]"
-            raise ValueError(f"{name} must be {expected} for spatial_shapes {shapes}, got {_shape(tensor)}")
-    for name, tensor in (("center", center), ("precision", precision)):
-        if tensor.shape != (B, H, N, S, 2) and tensor.shape != (B, 1, N, S, 2):
-            raise ValueError(f"{name} must be [B={B}, H={H} or 1, N={N}, S={S}, 2], got {_shape(tensor)}")
-    if scale_weights is not None and scale_weights.shape != (B, H, N, S) and scale_weights.shape != (B, 1, N, S):
-        raise ValueError(f"scale_weights must be [B={B}, H={H} or 1, N={N}, S={S}], got {_shape(scale_weights)}")
-
+    _check_shapes(query, key, value, center, precision, scale_weights, shapes)
     if key_padding_mask is not None:
         if valid_shapes is not None:
             raise ValueError("valid_shapes and key_padding_mask exclude each other, got both")
         if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be a torch.bool tensor, got {_kind(key_padding_mask)}")
-        if key_padding_mask.device != device:
-            raise ValueError(f"key_padding_mask must be on {device} as query, got {key_padding_mask.device}")
+        if key_padding_mask.device != query.device:
+            raise ValueError(f"key_padding_mask must be on {query.device} as query, got {key_padding_mask.device}")
+        B, T = key.shape[0], key.shape[2]
         if key_padding_mask.shape != (B, T):
             raise ValueError(f"key_padding_mask must be [B={B}, T={T}], got {_shape(key_padding_mask)}")
     if valid_shapes is not None:
-        valid_shapes = _valid_shapes(valid_shapes, B, shapes, device)
+        valid_shapes = _valid_shapes(valid_shapes, query.shape[0], shapes, query.device)
 
     if not isinstance(dropout_p, (float, int)):
         raise TypeError(f"dropout_p must be a number, got {_kind(dropout_p)}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     if scale is None:
-        scale = D**-0.5
+        scale = query.shape[3] ** -0.5
     elif not isinstance(scale, (float, int)):
         raise TypeError(f"scale must be a number or None, got {_kind(scale)}")
     elif not abs(scale) < math.inf:
@@ -335,6 +309,59 @@ def _validated(
         query, key, value, center, precision, scale_weights, shapes, valid_shapes, key_padding_mask,
         dropout_p, scale,
     )  # fmt: skip
+
+
+def _check_kinds(
+    query: Tensor, key: Tensor, value: Tensor, center: Tensor, precision: Tensor, scale_weights: Tensor | None
+) -> None:
+    """Types, dtypes and devices."""
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be a tensor, got {_kind(query)}")
+    dtype, device = query.dtype, query.device
+    if dtype not in FLOATING_DTYPES:
+        raise TypeError(f"query must be one of {', '.join(map(str, FLOATING_DTYPES))}, got {dtype}")
+    others = [key, value, center, precision]
+    if scale_weights is not None:
+        others.append(scale_weights)
+    for i, tensor in enumerate(others):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{OTHER_TENSORS[i]} must be a tensor, got {_kind(tensor)}")
+        if tensor.dtype != dtype and (i < 2 or tensor.dtype != torch.float32):
+            expected = f"{dtype} as query" if i < 2 else f"torch.float32 or {dtype} as query"
+            raise TypeError(f"{OTHER_TENSORS[i]} must be {expected}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{OTHER_TENSORS[i]} must be on {device} as query, got {tensor.device}")
+
+
+def _check_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    scale_weights: Tensor | None,
+    shapes: reference.SpatialShapes,
+) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"query must be [B, H, N, D], got {_shape(query)}")
+    B, H, N, D = query.shape
+    S, T = len(shapes), sum([height * width for height, width in shapes])
+    if H < 1:
+        raise ValueError(f"query must have at least one head, got {_shape(query)}")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"query must have head_dim D from 1 to {MAX_HEAD_DIM}, got {_shape(query)}")
+    wanted = (B, H, T, D)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != wanted:
+            expected = f"[B={B}, H={H}, T={T}, D={D}] for spatial_shapes {shapes}"
+            raise ValueError(f"{name} must be {expected}, got {_shape(tensor)}")
+    wanted, shared = (B, H, N, S, 2), (B, 1, N, S, 2)
+    for name, tensor in (("center", center), ("precision", precision)):
+        if tensor.shape != wanted and tensor.shape != shared:
+            raise ValueError(f"{name} must be [B={B}, H={H} or 1, N={N}, S={S}, 2], got {_shape(tensor)}")
+    if scale_weights is not None and scale_weights.shape not in (wanted[:4], shared[:4]):
+        expected = f"[B={B}, H={H} or 1, N={N}, S={S}]"
+        raise ValueError(f"scale_weights must be {expected}, got {_shape(scale_weights)}")
 
 
 def _grids(spatial_shapes: Sequence[Sequence[int]]) -> reference.SpatialShapes:
@@ -407,7 +434,3 @@ def _shape(tensor: Tensor) -> list[int]:
 
 def _kind(thing: object) -> str:
     return f"{thing.dtype} tensor" if isinstance(thing, Tensor) else type(thing).__name__
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)

@@ -51,11 +51,12 @@ def attention(
             _wide_dtype(query),
         )  # fmt: skip
         return _combined(outputs, scale_weights).to(query.dtype)
-    inputs = (
-        query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask,
-        [size for shape in spatial_shapes for size in shape], scale,
-    )  # fmt: skip
-    out: Tensor = (_forward_operator(*inputs) if _is_traced(query) else _Attention.apply(*inputs))[0]
+    tensors = (query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask)
+    out: Tensor
+    if _is_traced(query):
+        out = _forward_operator(*tensors, _flat(spatial_shapes), scale)
+    else:
+        out = _Attention.apply(*tensors, spatial_shapes, scale)
     return out
 
 
@@ -82,32 +83,17 @@ def _forward(
     scale_weights: Tensor | None,
     valid_shapes: Tensor | None,
     key_padding_mask: Tensor | None,
-    spatial_shapes: Sequence[int],
+    shapes: SpatialShapes,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The output, and each scale's [B, H, N, S, D] if the gradient of scale_weights needs them."""
-    shapes = _pairs(spatial_shapes)
-    dtype = _forward_dtype(query, shapes)
-    masks = (valid_shapes, key_padding_mask)
-    if query.shape[:3].numel() * key.shape[2] <= DENSE_LIMIT:
-        outputs = _dense(query, key, value, center, precision, shapes, *masks, scale)
+) -> Tensor:
+    inputs = (query, key, value, center, precision, shapes, valid_shapes, key_padding_mask)
+    batch, heads, queries, _ = query.shape
+    if batch * heads * queries * key.shape[2] <= DENSE_LIMIT:
+        outputs = _dense(*inputs, scale)
     else:
-        outputs = _widened(query, key, value, center, precision, shapes, *masks, 0.0, scale, dtype)
-    out = _combined(outputs, scale_weights).to(query.dtype)
-    if scale_weights is None:
-        return out, query.new_empty(0, dtype=dtype)
-    return out, (torch.stack(outputs, dim=3) if len(outputs) > 1 else outputs[0].unsqueeze(3)).to(dtype)
-
-
-_forward_operator = torch.library.custom_op("smca_kernels::sdpa_forward", _forward, mutates_args=())
-
-
-@_forward_operator.register_fake
-def _(query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, spatial_shapes, scale):
-    batch, heads, queries, head_dim = query.shape
-    dtype = _forward_dtype(query, _pairs(spatial_shapes))
-    shape = (0,) if scale_weights is None else (batch, heads, queries, len(spatial_shapes) // 2, head_dim)
-    return query.new_empty(query.shape), query.new_empty(shape, dtype=dtype)
+        outputs = _widened(*inputs, 0.0, scale, _forward_dtype(query, shapes))
+    out = _combined(outputs, scale_weights)
+    return out if out.dtype == query.dtype else out.to(query.dtype)
 
 
 def _backward(
@@ -120,8 +106,7 @@ def _backward(
     scale_weights: Tensor | None,
     valid_shapes: Tensor | None,
     key_padding_mask: Tensor | None,
-    scale_outputs: Tensor,
-    spatial_shapes: Sequence[int],
+    shapes: SpatialShapes,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six inputs; that of absent scale_weights is empty.
@@ -130,33 +115,43 @@ def _backward(
 
     The sums over x need dS summed over y only, and the other way round: queries × (width + height).
     """
-    shapes = _pairs(spatial_shapes)
     batch, heads, queries, _ = query.shape
     dtype = _wide_dtype(query)
 
-    def flat(tensor: Tensor) -> Tensor:  # [B, H or 1, ...] → [B·H, ...]
-        return tensor.expand(batch, heads, *tensor.shape[2:]).flatten(0, 1).to(dtype)
+    def flat(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:  # [B, H or 1, ...] → [B·H, ...]
+        if tensor.shape[1] < heads:
+            tensor = tensor.expand(-1, heads, *tensor.shape[2:])
+        return tensor.flatten(0, 1).to(dtype)
 
     q, k, v, grad = flat(query) * scale, flat(key), flat(value), flat(grad_out)
-    axes = _axes(shapes, dtype, query.device)
+    exact = _exact_dtype(query.device)
+    axes = _axes(shapes, exact, query.device)
     index = axes.index.expand(batch * heads, queries, -1)
-    p = flat(precision).flatten(2).gather(2, index)  # [B·H, N, Σ width + height]
-    distance = axes.coordinate - flat(center).flatten(2).gather(2, index)
+    p = flat(precision, exact).flatten(2).gather(2, index)  # [B·H, N, Σ width + height]
+    distance = axes.coordinate - flat(center, exact).flatten(2).gather(2, index)
+    # Rounded to `dtype` only where it is small, near the center.
     prior = (distance * distance).mul_(p)
+    p, distance = p.to(dtype), distance.to(dtype)
     weights = None if scale_weights is None else flat(scale_weights)
     ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
 
     grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    sums = torch.empty_like(prior)  # of dS over the other axis
+    grad_weights = q.new_empty(0) if weights is None else torch.empty_like(weights)
+    sums = torch.empty_like(p)  # of dS over the other axis
     for s, (height, width) in enumerate(shapes):
         keys, columns, rows = axes.slices[s]
         ignore = None if ignored[s] is None else ignored[s].repeat_interleave(heads, 0).unsqueeze(1)
         grad_s = grad if weights is None else grad * weights[:, :, s : s + 1]
+        prior_x, prior_y = (
+            (part - part.amin(-1, keepdim=True)).to(dtype) for part in (prior[..., columns], prior[..., rows])
+        )
         for h, n in _blocks(batch * heads, queries, height * width, query.device):
-            logits = (prior[h, n, rows].unsqueeze(3) + prior[h, n, columns].unsqueeze(2)).flatten(2)
+            logits = (prior_y[h, n].unsqueeze(3) + prior_x[h, n].unsqueeze(2)).flatten(2)
             logits.baddbmm_(q[h, n], k[h, keys].transpose(1, 2), beta=-1)
             p_s = _probabilities(logits, None if ignore is None else ignore[h])
             grad_v[h, keys].baddbmm_(p_s.transpose(1, 2), grad_s[h, n])
+            if weights is not None:
+                grad_weights[h, n, s] = (torch.bmm(p_s, v[h, keys]) * grad[h, n]).sum(-1)
             grad_p = torch.bmm(grad_s[h, n], v[h, keys].transpose(1, 2))
             grad_logits = torch._softmax_backward_data(grad_p, p_s, -1, dtype)
             grad_q[h, n].baddbmm_(grad_logits, k[h, keys])
@@ -164,46 +159,66 @@ def _backward(
             grid = grad_logits.unflatten(2, (height, width))
             sums[h, n, columns], sums[h, n, rows] = grid.sum(2), grid.sum(3)
     sums *= distance
-    grad_center = (sums * p) @ axes.total * 2
-    grad_precision = (sums * distance) @ -axes.total
+    total = axes.total.to(dtype)
+    grad_center = (sums * p) @ total * 2
+    grad_precision = (sums * distance) @ -total
 
     def shaped(gradient: Tensor, like: Tensor) -> Tensor:
         gradient = gradient.view(batch, heads, *like.shape[2:])
         return (gradient.sum(1, keepdim=True) if like.shape[1] < heads else gradient).to(like.dtype)
 
-    grad_weights = query.new_empty(0)
-    if scale_weights is not None:
-        grad_weights = (grad_out.unsqueeze(3).to(dtype) * scale_outputs).sum(-1)
-        grad_weights = shaped(grad_weights.flatten(0, 1), scale_weights)
     return (
         shaped(grad_q.mul_(scale), query), shaped(grad_k, key), shaped(grad_v, value),
-        shaped(grad_center, center), shaped(grad_precision, precision), grad_weights,
+        shaped(grad_center, center), shaped(grad_precision, precision),
+        grad_weights if scale_weights is None else shaped(grad_weights, scale_weights),
     )  # fmt: skip
 
 
-_backward_operator = torch.library.custom_op("smca_kernels::sdpa_backward", _backward, mutates_args=())
+SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor center, Tensor precision, Tensor? scale_weights, "
+    "Tensor? valid_shapes, Tensor? key_padding_mask, SymInt[] spatial_shapes, float scale"
+)
+
+
+@torch.library.custom_op("smca_kernels::sdpa_forward", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
+def _forward_operator(*inputs: Any) -> Tensor:
+    *tensors, sizes, scale = inputs
+    return _forward(*tensors, _pairs(sizes), scale)
+
+
+@torch.library.custom_op(
+    "smca_kernels::sdpa_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_operator(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, sizes, scale = inputs
+    return _backward(*tensors, _pairs(sizes), scale)
+
+
+@_forward_operator.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 @_backward_operator.register_fake
-def _(grad_out, query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask,
-      scale_outputs, spatial_shapes, scale):  # fmt: skip
-    like = (query, key, value, center, precision)
-    gradients = [tensor.new_empty(tensor.shape) for tensor in like]
-    return *gradients, query.new_empty(0) if scale_weights is None else scale_weights.new_empty(scale_weights.shape)
+def _(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    scale_weights = inputs[0].new_empty(0) if inputs[5] is None else inputs[5]
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (*inputs[:5], scale_weights))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.spatial_shapes, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.shapes, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    # With grad mode on, a graph of the backward is wanted: the operator refuses it.
-    backward = _backward_operator if torch.is_grad_enabled() or _is_traced(grad_out) else _backward
-    gradients = backward(grad_out, *ctx.saved_tensors, ctx.spatial_shapes, ctx.scale)
-    wanted = zip(gradients, ctx.needs_input_grad[:6], strict=True)
-    return *(gradient if is_wanted else None for gradient, is_wanted in wanted), *(None,) * 4
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return _wanted(ctx, _backward_operator(grad_out, *ctx.saved_tensors, ctx.shapes, ctx.scale))
+
+
+def _wanted(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    pairs = zip(gradients, ctx.needs_input_grad[:6], strict=True)
+    return *(gradient if is_wanted else None for gradient, is_wanted in pairs), *(None,) * 4
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
@@ -217,15 +232,19 @@ _backward_operator.register_autograd(_refuse)
 
 
 class _Attention(torch.autograd.Function):
-    """The operator's autograd without its dispatch, which takes longer than a small call."""
+    """The operator without its dispatch, which takes longer than a small call."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save_for_backward(ctx, inputs, inputs[0])
+        return _forward(*inputs)
 
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a graph of this backward is wanted, which the operator's refuses to be
+            ctx.shapes = _flat(ctx.shapes)
+            return _differentiate(ctx, grad_out)
+        return _wanted(ctx, _backward(grad_out, *ctx.saved_tensors, ctx.shapes, ctx.scale))
 
 
 # --------------------------------------------------------------------------------------------------------- forward
@@ -233,6 +252,11 @@ class _Attention(torch.autograd.Function):
 
 def _wide_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _exact_dtype(device: torch.device) -> torch.dtype:
+    """For what is computed once a query; Metal has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _forward_dtype(query: Tensor, shapes: SpatialShapes) -> torch.dtype:
@@ -245,7 +269,7 @@ def _forward_dtype(query: Tensor, shapes: SpatialShapes) -> torch.dtype:
 def _combined(outputs: list[Tensor], scale_weights: Tensor | None) -> Tensor:
     """Σ_s α_s O_s (Eq. 7–9)."""
     if scale_weights is not None:
-        outputs = [output * scale_weights[..., s : s + 1] for s, output in enumerate(outputs)]
+        outputs = [output * _part(scale_weights, 3, s, 1) for s, output in enumerate(outputs)]
     out = outputs[0]
     for output in outputs[1:]:
         out = out + output
@@ -265,21 +289,27 @@ def _dense(
 ) -> list[Tensor]:
     """O_s of each scale [B, H, N, D] with logG as SDPA's mask, for a few scores."""
     dtype = _wide_dtype(query)
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.dtype != dtype:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
     outputs, start = [], 0
     for s, cells in enumerate(_cells(shapes, dtype, query.device)):
-        keys = len(cells)
-        distance = cells - center.narrow(3, s, 1)  # [B, H or 1, N, height · width, 2]
-        bias = (distance * distance * precision.narrow(3, s, 1)).sum(-1).neg_()
+        distance = cells - _part(center, 3, s, 1)  # [B, H or 1, N, height · width, 2]
+        bias = torch.linalg.vecdot(distance * _part(precision, 3, s, 1), distance).neg_()
         mask = ignored[s]
         if mask is not None:
             bias = bias.masked_fill(mask[:, None, None], -torch.inf)
-        k_s, v_s = k.narrow(2, start, keys), v.narrow(2, start, keys)
-        output = scaled_dot_product_attention(q, k_s, v_s, bias, scale=scale)
+        keys = cells.shape[0]
+        k, v = _part(key, 2, start, keys), _part(value, 2, start, keys)
+        output = scaled_dot_product_attention(query, k, v, bias, scale=scale)
         outputs.append(output if mask is None else _zero_where(mask.all(1), output))
         start += keys
     return outputs
+
+
+def _part(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """`narrow` that costs nothing where it is the whole tensor."""
+    return tensor if tensor.shape[dim] == length else tensor.narrow(dim, start, length)
 
 
 def _widened(
@@ -354,7 +384,7 @@ class _Features(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> _Features:
-    wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
+    wide = _exact_dtype(device)
     with torch.inference_mode(False):
         sizes = torch.tensor([(width, height) for height, width in shapes], dtype=wide, device=device)
         middle = sizes // 2
@@ -464,8 +494,12 @@ def _axes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> _A
         return _Axes(coordinate, index, one_hot(index, len(sizes)).to(dtype), slices)
 
 
-def _pairs(spatial_shapes: Sequence[int]) -> SpatialShapes:
-    return tuple(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+def _flat(shapes: SpatialShapes) -> list[int]:
+    return [size for shape in shapes for size in shape]
+
+
+def _pairs(sizes: Sequence[int]) -> SpatialShapes:
+    return tuple(zip(sizes[::2], sizes[1::2], strict=True))
 
 
 def _blocks(heads: int, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:

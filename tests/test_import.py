@@ -67,5 +67,11 @@ def test_without_triton_the_environment_report_says_so() -> None:
     assert "triton           can't be imported (No module named 'triton')" in told
 
 
+def test_every_module_of_the_package_is_installed_with_it() -> None:
+    package = Path(__file__).parents[1] / "smca_kernels"
+    folders = {path.parent for path in package.rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 def test_importing_the_package_does_not_import_triton() -> None:
     assert run_fresh("import sys, smca_kernels; print('triton' in sys.modules)") == "False\n"

@@ -30,7 +30,7 @@ from smca_kernels.kernels import backward, forward, launch, operator
 
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-SMALL = Case("", ((3, 5), (2, 2)), batch=1, heads=1, queries=5)
+SMALL = Case("", ((3, 5), (2, 2)), queries=5)
 
 
 # --- dropout ---
@@ -95,7 +95,7 @@ def test_the_kernel_drops_exactly_the_elements_of_the_mask(
     device: torch.device, generator: torch.Generator
 ) -> None:
     # With unit vectors as values, the output is P itself.
-    case = Case("", ((4, 8),), queries=33, scale_weights=False, prior="wide")
+    case = Case("", ((4, 8),), batch=2, heads=2, queries=33, scale_weights=False, prior="wide")
     inputs = make_inputs(case, generator, device)
     inputs = dataclasses.replace(inputs, value=torch.eye(32, device=device).expand(2, 2, 32, 32))
     keep = kept(inputs, drop_seed_of_next_call(device), 0.5)
@@ -165,6 +165,15 @@ def test_a_softmax_scale_that_is_not_positive_is_refused_with_the_reason(
 ) -> None:
     inputs = make_inputs(dataclasses.replace(SMALL, scale=scale), generator, device)
     with pytest.raises(ValueError, match=rf"backend='triton' can't serve this call: .*scale.* {scale}"):
+        attend(inputs, "triton")
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries"])
+def test_empty_batches_are_refused_with_the_reason(
+    empty: str, device: torch.device, generator: torch.Generator
+) -> None:
+    inputs = make_inputs(dataclasses.replace(SMALL, **{empty: 0}), generator, device)
+    with pytest.raises(ValueError, match="can't serve this call: needs at least one image and one query"):
         attend(inputs, "triton")
 
 
@@ -414,7 +423,9 @@ def test_other_grids_batches_and_queries_need_no_other_kernel(
         (4, 300, ((50, 84), (25, 42))),
         (1, 65, ((7, 333), (1, 17), (3, 4), (1, 2))),
     ]:
-        case = Case("", shapes, batch=batch, queries=queries, mask="valid_shapes", layout="projection")
+        case = Case(
+            "", shapes, batch=batch, heads=2, queries=queries, mask="valid_shapes", layout="projection"
+        )
         run_backend(make_inputs(case, generator, device), "triton")
     for name, recorder in recorders.items():
         first, *others = [specialisation(arguments) for arguments in recorder.launches]

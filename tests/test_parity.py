@@ -154,7 +154,7 @@ def test_inputs_have_the_shapes_of_their_case(case: Case, generator: torch.Gener
 
 def test_layouts_have_the_strides_that_they_promise(generator: torch.Generator) -> None:
     query = {
-        name: make_inputs(Case("", ((3, 5),), heads=3, layout=name), generator).query
+        name: make_inputs(Case("", ((3, 5),), batch=2, heads=3, queries=33, layout=name), generator).query
         for name in parity.LAYOUTS
     }
     assert query["contiguous"].is_contiguous()
@@ -172,7 +172,7 @@ def test_scale_weights_come_with_either_sign(generator: torch.Generator) -> None
 
 def test_masks_that_empty_a_scale_do_so_for_the_first_image_alone(generator: torch.Generator) -> None:
     for mask in ("empty_scale", "empty_scale_padding"):
-        inputs = make_inputs(Case("", ((5, 9), (3, 5)), mask=mask), generator)
+        inputs = make_inputs(Case("", ((5, 9), (3, 5)), batch=2, mask=mask), generator)
         last = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)[-1]
         assert last.all(1).tolist() == [True, False]
 
@@ -189,7 +189,7 @@ def test_the_same_seed_and_name_give_the_same_inputs() -> None:
 def test_the_absolute_sum_bounds_every_result(generator: torch.Generator) -> None:
     for prior in parity.PRIORS:
         for prior_heads in (1, None):
-            case = Case("", ((5, 9), (1, 3)), prior=prior, prior_heads=prior_heads, mask="random")
+            case = Case("", ((5, 9), (1, 3)), heads=2, prior=prior, prior_heads=prior_heads, mask="random")
             inputs = make_inputs(case, generator).double()
             sums = absolute_sums(inputs)
             for name, result in run_reference(inputs).items():
@@ -202,13 +202,15 @@ def test_the_absolute_sum_bounds_every_result(generator: torch.Generator) -> Non
 
 def test_the_reference_is_within_its_own_budget(generator: torch.Generator) -> None:
     for dtype in parity.DTYPES:
-        inputs = make_inputs(Case("", ((5, 9), (1, 3)), dtype=dtype, mask="valid_shapes"), generator)
+        inputs = make_inputs(
+            Case("", ((5, 9), (1, 3)), dtype=dtype, batch=2, heads=2, mask="valid_shapes"), generator
+        )
         assert all(c.ratio <= 0.5 for c in compare_results(run_reference(inputs), inputs))
 
 
 @pytest.mark.parametrize("name", ["output", "query", "key", "value", "center", "precision", "scale_weights"])
 def test_a_wrong_tensor_is_found_and_named(name: str, generator: torch.Generator) -> None:
-    inputs = make_inputs(Case("", ((5, 9), (3, 5)), dtype="bfloat16"), generator)
+    inputs = make_inputs(Case("", ((5, 9), (3, 5)), dtype="bfloat16", heads=2), generator)
     results = run_reference(inputs)
     results[name] = results[name] * 1.1
     over = {c.name.split(" ")[0] for c in compare_results(results, inputs) if c.ratio > 1}

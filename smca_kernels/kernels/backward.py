@@ -96,15 +96,14 @@ def weigh_kernel(
 def moment_weights(e_x, e_y, d_x, d_y):
     """Weights [ROWS, 16] of the moments dS · features, for centres e [ROWS] seen from the tile, d from the nearest cell.
 
-    Of each axis's eight columns (u², u², u², u, u, u, 1, 1), columns 0, 3 and 6 add up to Σ dS ((u - e)² - d²), columns 4
-    and 7 to Σ dS (u - e + d). As Σ dS = 0, d changes nothing but the rounding: it takes
-    off what an error common to a row would multiply.
+    Of each axis's eight columns (u², 1, u², u, u, u, 1, 1), columns 0, 3 and 6 add up to Σ dS ((u - e)² - d²), columns 4
+    and 7 to Σ dS (u - e + d); column 1 is Σ dS. As that is 0, d changes nothing but the rounding.
     """
     axis_x = tl.arange(0, 16)[None, :] < 8
     e = tl.where(axis_x, e_x[:, None], e_y[:, None])
     d = tl.where(axis_x, d_x[:, None], d_y[:, None])
     i = tl.arange(0, 16)[None, :] % 8
-    weights = tl.where((i == 0) | (i == 4), 1.0, 0.0)
+    weights = tl.where((i == 0) | (i == 1) | (i == 4), 1.0, 0.0)
     weights = tl.where(i == 3, -2.0 * e, weights)
     weights = tl.where(i == 6, e * e - d * d, weights)
     return tl.where(i == 7, d - e, weights)
@@ -177,6 +176,7 @@ def query_major_kernel(
         tiles = tl.cdiv(valid_height, TILE_H) * tl.cdiv(valid_width, TILE_W)
 
         moments = tl.zeros([BLOCK_N, 16], tl.float32)
+        p_moments = tl.zeros([BLOCK_N, 16], tl.float32)
         first_x = tl.zeros([BLOCK_N], tl.float32)
         first_y = tl.zeros([BLOCK_N], tl.float32)
         second_x = tl.zeros([BLOCK_N], tl.float32)
@@ -186,7 +186,8 @@ def query_major_kernel(
             r_y = p_y * (0.0 if DIRECT else inverse_scale)
             fixed = fixed_coefficients(r_x, r_y, grad_query, never)
             features = tile_features(TILE_H, TILE_W, grad_query, never)
-            of_moments = tl.where(tl.arange(0, 16)[None, :] == 15, 1.0, features.to(tl.float32)).to(q.dtype)
+            i = tl.arange(0, 16)[None, :]
+            of_moments = tl.where((i % 8 == 1) | (i == 15), 1.0, features.to(tl.float32)).to(q.dtype)
             tile_x = 0
             tile_y = 0
             for _ in range(tl.where(direct == DIRECT, tiles, 0) if DIRECT_ONLY == 0 else tiles):
@@ -230,6 +231,7 @@ def query_major_kernel(
                 else:
                     weights = moment_weights(e_x, e_y, d_x, d_y)
                     moments += dot(ds.to(q.dtype), of_moments, None, PRECISION) * weights
+                    p_moments += dot(p.to(q.dtype), of_moments, None, PRECISION) * weights
 
                 tile_x += TILE_W
                 row_done = tile_x >= valid_width
@@ -237,7 +239,11 @@ def query_major_kernel(
                 tile_x = tl.where(row_done, 0, tile_x)
 
         first_key += height * width
+        # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
         i = tl.arange(0, 16)[None, :]
+        total = tl.sum(tl.where(i == 1, p_moments, 0.0), 1)
+        error = tl.sum(tl.where(i == 1, moments, 0.0), 1) / tl.where(total == 0.0, 1.0, total)
+        moments -= error[:, None] * p_moments
         squared = (i % 8 == 0) | (i % 8 == 3) | (i % 8 == 6)
         second_x += tl.sum(tl.where(squared & (i < 8), moments, 0.0), 1)
         second_y += tl.sum(tl.where(squared & (i >= 8), moments, 0.0), 1)

@@ -50,7 +50,8 @@ CONFIGURATIONS: dict[tuple[str, int, bool], dict[int, Configuration]] = {
         128: Configuration(64, 4, 4, 4, 1),
     },
     ("query_major", 2, True): {
-        64: Configuration(64, 8, 8, 4, 2),
+        32: Configuration(64, 8, 8, 4, 2),
+        64: Configuration(64, 8, 8, 4, 1),
         128: Configuration(64, 4, 8, 4, 2),
     },
     ("key_major", 2, False): {
@@ -226,13 +227,16 @@ def backward(
     center, precision = center.contiguous(), precision.contiguous()
     valid_shapes = None if valid_shapes is None else valid_shapes.contiguous()
     mask = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
-    nothing = query.new_empty(0)
+
+    def nothing() -> Tensor:
+        return query.new_empty(0)
+
     deltas = torch.empty_like(lse)
-    grad_weights = nothing if scale_weights is None else torch.empty_like(lse)
-    grad_query = torch.empty_like(query) if of_query else nothing
-    grad_center = query.new_empty(batch, heads, queries, scales, 2, dtype=torch.float32) if of_query else nothing
+    grad_weights = nothing() if scale_weights is None else torch.empty_like(lse)
+    grad_query = torch.empty_like(query) if of_query else nothing()
+    grad_center = query.new_empty(batch, heads, queries, scales, 2, dtype=torch.float32) if of_query else nothing()
     grad_precision = torch.empty_like(grad_center)
-    grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if of_key else (nothing, nothing)
+    grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if of_key else (nothing(), nothing())
     weighted = scale_weights is not None or seed is not None
     weighted_grads = torch.empty_like(scale_outputs, dtype=dtype) if weighted else grad_out.unsqueeze(3).expand_as(scale_outputs)
     outer = (query, key, value, weighted_grads, *([grad_query] if of_query else []))

@@ -1,0 +1,1 @@
+"""The Triton kernels and the operator made of them; importing a module from here imports Triton."""
