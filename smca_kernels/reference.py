@@ -17,7 +17,7 @@ SpatialShapes = tuple[tuple[int, int], ...]
 
 
 def cell_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Column x and row y of every cell of a grid, row-major: two tensors [height · width] on `like`'s device and dtype."""
+    """Column x and row y of every cell of a grid, row-major: two [height · width], device and dtype of `like`."""
     y = torch.arange(height, device=like.device, dtype=like.dtype).repeat_interleave(width)
     x = torch.arange(width, device=like.device, dtype=like.dtype).repeat(height)
     return x, y

@@ -166,7 +166,8 @@ def test_coefficients_times_features_are_the_log_prior_up_to_the_query_s_constan
     u, v = cells()
     squared = (u - e[0][:, None]) ** 2 - d[0][:, None] ** 2, (v - e[1][:, None]) ** 2 - d[1][:, None] ** 2
     expected = -(p[0][:, None] * squared[0] + p[1][:, None] * squared[1])
-    torch.testing.assert_close(out.cpu().double() @ features.T, expected, rtol=0, atol=2.0**-22 * base.abs().max().item() + 1e-4)
+    bound = 2.0**-20 * base.abs().max().item()
+    torch.testing.assert_close(out.cpu().double() @ features.T, expected, rtol=0, atol=bound)
 
 
 def test_rows_see_their_nearest_cell_their_base_and_the_direct_prior(device, prior):

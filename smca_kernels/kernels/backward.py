@@ -9,7 +9,7 @@ With dO'_s = α_s dO (over 1 - dropout_p) and δ'_s = α_s dO·O_s, for every sc
     dp_x = -Σ_k dS (x - c_x)²,   dc_x = 2 p_x Σ_k dS (x - c_x)
 
 `weigh_kernel` prepares dO', δ' and dα = dO·O_s. The sums over dS (x - c)ʲ are moments of a tile's features: one more
-product, dS · features, whose columns are weighted by polynomials in the centre (`moment_weights`) and added up once a scale.
+product, dS · features, whose columns `moment_weights` weighs by polynomials in the centre; added up once a scale.
 """
 
 from __future__ import annotations
@@ -85,19 +85,17 @@ def weigh_kernel(
                 factor *= tl.load(weights + rows)
             # δ' must see dO' as rounded: dP - δ' cancels where one key has all the mass.
             weighted = (grad * factor[:, None]).to(grad_out.dtype.element_ty)
-            store_rows(
-                weighted_grads + first_row * HEAD_DIM, rows, HEAD_DIM, weighted, in_range, HEAD_DIM, BLOCK_D
-            )
+            store_rows(weighted_grads + first_row * HEAD_DIM, rows, HEAD_DIM, weighted, in_range, HEAD_DIM, BLOCK_D)
             weighted = weighted.to(tl.float32) * keep_p
         tl.store(deltas + first_row + rows, tl.sum(weighted * output, 1), mask=in_range)
 
 
 @triton.jit
 def moment_weights(e_x, e_y, d_x, d_y):
-    """Weights [ROWS, 16] of the moments dS · features, for centres e [ROWS] seen from the tile, d from the nearest cell.
+    """Weights [ROWS, 16] of the moments dS · features, for centres at e [ROWS] from the tile, d from the nearest cell.
 
-    Of each axis's eight columns (u², 1, u², u, u, u, 1, 1), columns 0, 3 and 6 add up to Σ dS ((u - e)² - d²), columns 4
-    and 7 to Σ dS (u - e + d); column 1 is Σ dS. As that is 0, d changes nothing but the rounding.
+    Of each axis's eight columns (u², 1, u², u, u, u, 1, 1), columns 0, 3 and 6 add up to Σ dS ((u - e)² - d²),
+    columns 4 and 7 to Σ dS (u - e + d); column 1 is Σ dS. As that is 0, d changes nothing but the rounding.
     """
     axis_x = tl.arange(0, 16)[None, :] < 8
     e = tl.where(axis_x, e_x[:, None], e_y[:, None])
@@ -255,9 +253,7 @@ def query_major_kernel(
         tl.store(grad_precision + out_rows + 1, -second_y, mask=in_range)
         tl.store(grad_center + out_rows, 2.0 * p_x * first_x, mask=in_range)
         tl.store(grad_center + out_rows + 1, 2.0 * p_y * first_y, mask=in_range)
-    store_rows(
-        grad_query + (b * dq_b + h * dq_h) * UNIT, n, dq_n * UNIT, dq * scale, in_range, HEAD_DIM, BLOCK_D
-    )
+    store_rows(grad_query + (b * dq_b + h * dq_h) * UNIT, n, dq_n * UNIT, dq * scale, in_range, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -396,9 +392,5 @@ def key_major_kernel(
             ds = p * (dp - delta[None, :])
             dk = dot(ds.to(q.dtype), q, dk, PRECISION)
     key_index = first_key + y * width + x
-    store_rows(
-        grad_key + (b * dk_b + h * dk_h) * UNIT, key_index, dk_t * UNIT, dk * scale, in_grid, HEAD_DIM, BLOCK_D
-    )
-    store_rows(
-        grad_value + (b * dv_b + h * dv_h) * UNIT, key_index, dv_t * UNIT, dv, in_grid, HEAD_DIM, BLOCK_D
-    )
+    store_rows(grad_key + (b * dk_b + h * dk_h) * UNIT, key_index, dk_t * UNIT, dk * scale, in_grid, HEAD_DIM, BLOCK_D)
+    store_rows(grad_value + (b * dv_b + h * dv_h) * UNIT, key_index, dv_t * UNIT, dv, in_grid, HEAD_DIM, BLOCK_D)

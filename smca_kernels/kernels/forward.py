@@ -167,13 +167,14 @@ def forward_kernel(
                 tile_x = tl.where(row_done, 0, tile_x)
 
         first_key += height * width
-        l = tl.max(sums, 1)
-        empty = l == 0.0
-        scale_output = acc * tl.where(empty, 0.0, dropout_scale / tl.where(empty, 1.0, l))[:, None]
+        total_p = tl.max(sums, 1)
+        empty = total_p == 0.0
+        total_p = tl.where(empty, 1.0, total_p)
+        scale_output = acc * tl.where(empty, 0.0, dropout_scale / total_p)[:, None]
         store_rows(scale_outputs, n * scales + s, HEAD_DIM, scale_output, in_range, HEAD_DIM, BLOCK_D)
         if DIRECT_ONLY == 0:
             m = tl.where(direct != 0, m, m * LN2)
-        tl.store(lse + n * scales + s, tl.where(empty, 0.0, m + tl.log(l)), mask=in_range)
+        tl.store(lse + n * scales + s, tl.where(empty, 0.0, m + tl.log(total_p)), mask=in_range)
 
     # Read back rather than carried through the loops, which need the registers.
     tl.debug_barrier()

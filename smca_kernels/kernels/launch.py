@@ -31,8 +31,8 @@ class Configuration:
     num_stages: int
 
 
-# (kernel, bytes of an element, Hopper or newer) → head dimension up to which a configuration holds. Each is the cheapest
-# of those tried, in instructions per element, that spills no register at head dimensions 32 and 64 (`smca cost`).
+# (kernel, bytes of an element, Hopper or newer) → head dimension up to which a configuration holds. Each is the
+# cheapest of those tried, in instructions per element, that spills no register at 32 and 64 (`smca cost`).
 CONFIGURATIONS: dict[tuple[str, int, bool], dict[int, Configuration]] = {
     ("forward", 2, False): {
         32: Configuration(64, 8, 8, 4, 2),
@@ -238,7 +238,10 @@ def backward(
     grad_precision = torch.empty_like(grad_center)
     grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if of_key else (nothing(), nothing())
     weighted = scale_weights is not None or seed is not None
-    weighted_grads = torch.empty_like(scale_outputs, dtype=dtype) if weighted else grad_out.unsqueeze(3).expand_as(scale_outputs)
+    if weighted:
+        weighted_grads = torch.empty_like(scale_outputs, dtype=dtype)
+    else:
+        weighted_grads = grad_out.unsqueeze(3).expand_as(scale_outputs)
     outer = (query, key, value, weighted_grads, *([grad_query] if of_query else []))
     unit = stride_unit((*outer, *([grad_key, grad_value] if of_key else [])))
 
@@ -249,11 +252,12 @@ def backward(
     factors = (scale, scale * LOG2E, 1.0 / scale, PRECISION_LIMITS[dtype])
     grids = packed_grids(spatial_shapes)
     with device_of(query):
-        chosen, compile_time = launch_arguments("weigh", query.device, dtype, head_dim, stride_unit((grad_out,)))
+        weigh_unit = stride_unit((grad_out,))
+        chosen, compile_time = launch_arguments("weigh", query.device, dtype, head_dim, weigh_unit)
         weigh_kernel[(batch * heads * -(-queries // chosen.block_n),)](
             grad_out, scale_outputs, None if scale_weights is None else scale_weights.contiguous(),
             weighted_grads if weighted else None, deltas, None if scale_weights is None else grad_weights,
-            *outer_strides(grad_out, compile_time["UNIT"]), heads, 1 if scale_weights is None else scale_weights.shape[1],
+            *outer_strides(grad_out, weigh_unit), heads, 1 if scale_weights is None else scale_weights.shape[1],
             queries, scales, dropout_scale(dropout_p), 1.0 - dropout_p,
             **compile_time,
         )  # fmt: skip
@@ -329,7 +333,7 @@ def _argument_type(name: str, dtype: str) -> str:
 
 
 def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization]:
-    """What offline compilation has to build for an architecture (80 is sm_80), "fp16" | "bf16" | "fp32" and head_dim."""
+    """What offline compilation builds for an architecture (80 is sm_80), "fp16", "bf16" or "fp32" and head_dim."""
     torch_dtype = TORCH_DTYPES[dtype]
     rows = []
     for name, (function, pass_) in KERNELS.items():

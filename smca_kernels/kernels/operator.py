@@ -1,7 +1,7 @@
 """The Triton backend as one torch.library operator: fake implementation, autograd, and what it can't serve.
 
-`torch.ops.smca_kernels.forward` and `.backward` are opaque to torch.compile and torch.export, synchronise with nothing and
-draw no random numbers themselves (dropout takes a seed tensor), so they can be captured in a CUDA graph.
+`torch.ops.smca_kernels.forward` and `.backward` are opaque to torch.compile and torch.export, synchronise with nothing
+and draw no random numbers themselves (dropout takes a seed tensor), so they can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ tile's middle, and e = c - middle is the query's centre seen from there. Up to a
     -logG = p_x ((u - e_x)² - d_x²) + p_y ((v - e_y)² - d_y²)
 
 where d, the centre's distance from the image's nearest cell, makes the prior 1 there: no large number common to a row
-costs precision, however far outside a centre lies. Expanded, it is a dot product of query coefficients with key features, so it rides the tensor cores as a product of rank 16:
+costs precision, however far outside a centre lies. Expanded, it is a dot product of query coefficients with key
+features, so it rides the tensor cores as a product of rank 16:
 
     columns      0–2          3–5            6–7            8–10         11–13          14            15
     coefficient  -p_x         2 p_x e_x      -base          -p_y         2 p_y e_y      -base         -MASKED
@@ -17,7 +18,7 @@ costs precision, however far outside a centre lies. Expanded, it is a dot produc
 The features are exact in bfloat16. A coefficient is split into three bfloat16 terms, which hold all of its 24 bits:
 one per column, those of the base in columns 6, 7 and 14. All are divided by the softmax scale, as they join q·k.
 
-The expansion cancels: its terms reach 120 p where the prior is near 0, and fp32 sums them to 2⁻²³ of that. Beyond a
+The expansion cancels: its terms reach 120 p where the log-prior is near 0, and fp32 sums them to 2⁻²³ of that. Beyond a
 precision limit (`launch.PRECISION_LIMITS`), the kernels take the direct path, and always for fp32 inputs: the prior is a
 function of (query, u) plus one of (query, v), so it costs two operations per element on the ALU. Edges and padding ride
 the product on both paths.
