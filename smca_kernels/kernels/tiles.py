@@ -18,10 +18,9 @@ features, so it rides the tensor cores as a product of rank 16:
 The features are exact in bfloat16. A coefficient is split into three bfloat16 terms, which hold all of its 24 bits:
 one per column, those of the base in columns 6, 7 and 14. All are divided by the softmax scale, as they join q·k.
 
-The expansion cancels: its terms reach 120 p where the log-prior is near 0, and fp32 sums them to 2⁻²³ of that. Beyond a
-precision limit (`launch.PRECISION_LIMITS`), the kernels take the direct path, and always for fp32 inputs: the prior is a
-function of (query, u) plus one of (query, v), so it costs two operations per element on the ALU. Edges and padding ride
-the product on both paths.
+The expansion cancels: its terms reach 120 p where the log-prior is near 0, and fp32 sums them to 2⁻²³ of that. Beyond
+a precision limit (`launch.PRECISION_LIMITS`), and for all fp32 inputs, the kernels take the direct path: the prior is a
+function of (query, x) plus one of (query, y), evaluated on the ALU. Edges and padding ride the product on both paths.
 """
 
 from __future__ import annotations
