@@ -65,8 +65,8 @@ CONFIGURATIONS: dict[tuple[str, int, bool], dict[int, Configuration]] = {
         128: Configuration(64, 4, 8, 4, 2),
     },
 }
-# Where products are FMAs, of fp32 inputs and below sm_80 of all, one configuration serves all three kernels.
-FMA_CONFIGURATION = Configuration(32, 4, 4, 2, 2)
+# Where products are FMAs, of fp32 inputs and below sm_80 of all, the three kernels are alike.
+FMA_CONFIGURATIONS = {32: Configuration(32, 4, 4, 2, 1), 128: Configuration(32, 4, 4, 2, 2)}
 WEIGH_CONFIGURATION = Configuration(64, 1, 1, 4, 1)
 
 # Largest precision (per cell²) whose expanded prior is within a quarter of the dtype's rounding step: tiles.py.
@@ -76,9 +76,8 @@ PRECISION_LIMITS = {torch.float16: 4.0, torch.bfloat16: 32.0, torch.float32: 0.0
 def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Configuration:
     if kernel == "weigh":
         return WEIGH_CONFIGURATION
-    if dtype == torch.float32 or arch < 80:
-        return FMA_CONFIGURATION
-    by_head_dim = CONFIGURATIONS[kernel, dtype.itemsize, arch >= 90]
+    by_fma = dtype == torch.float32 or arch < 80
+    by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, dtype.itemsize, arch >= 90]
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
 
 
