@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ MAX_SCALES = 8
 # What every backend takes: query, key, value, center, precision, scale_weights, spatial_shapes, valid_shapes,
 # key_padding_mask, dropout_p, scale.
 Inputs: TypeAlias = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, reference.SpatialShapes, Tensor | None, Tensor | None, float, float
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, reference.SpatialShapes, Tensor | None, Tensor | None,
+    float, float,
 ]  # fmt: skip
 
 
@@ -350,9 +351,8 @@ def _check_shapes(
         raise ValueError(f"query must have at least one head, got {_shape(query)}")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"query must have head_dim D from 1 to {MAX_HEAD_DIM}, got {_shape(query)}")
-    wanted = (B, H, T, D)
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != wanted:
+        if tensor.shape != (B, H, T, D):
             expected = f"[B={B}, H={H}, T={T}, D={D}] for spatial_shapes {shapes}"
             raise ValueError(f"{name} must be {expected}, got {_shape(tensor)}")
     wanted, shared = (B, H, N, S, 2), (B, 1, N, S, 2)

@@ -1,13 +1,14 @@
-"""The portable backend: torch's own scaled_dot_product_attention, with the prior as extra columns of query and key.
+"""The portable backend: torch's own scaled_dot_product_attention, the prior as extra columns of queries and keys.
 
     logG[k] = Σ_axis -p (x_k - c)²  =  Σ_columns coefficient(query) · feature(key)  +  a constant of the row
 
-with the features -x², 2x of both axes and 1: softmax(scale · q·k + logG) is plain attention between widened queries and
-keys. Coefficients are split into terms whose sums are exact, or the row would keep the rounding errors of large terms
-that cancel (docs/sdpa.md).
+with the features -x², 2x of both axes and 1, so that softmax(scale · q·k + logG) is plain attention of widened queries
+to widened keys. Coefficients are split into terms that add up exactly: plain ones leave in every score the rounding of
+large terms that cancel (docs/sdpa.md).
 
-The backward recomputes P by blocks of queries. The gradients of center and precision are moments of dS around each
-query's own center; the columns would give moments around the grid's middle, where the same terms cancel again, rounded.
+The backward recomputes P in blocks of queries instead of asking SDPA's own: the gradients of center and precision are
+moments of dS around each query's own center, and columns give moments around the grid's middle, where terms a thousand
+times as large cancel after they were rounded.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def unsupported(query: Tensor, *_: object) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------- operator and autograd
+# -------------------------------------------------------------------------------------------------------------- forward
 
 
 def _forward(
@@ -96,160 +97,6 @@ def _forward(
     return out if out.dtype == query.dtype else out.to(query.dtype)
 
 
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    center: Tensor,
-    precision: Tensor,
-    scale_weights: Tensor | None,
-    valid_shapes: Tensor | None,
-    key_padding_mask: Tensor | None,
-    shapes: SpatialShapes,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the six inputs; that of absent scale_weights is empty.
-
-        dS = α P (dP - Σ P dP) with dP = dO·v,     dp = -Σ dS (x - c)²,     dc = 2 p Σ dS (x - c)
-
-    The sums over x need dS summed over y only, and the other way round: queries × (width + height).
-    """
-    batch, heads, queries, _ = query.shape
-    dtype = _wide_dtype(query)
-
-    def flat(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:  # [B, H or 1, ...] → [B·H, ...]
-        if tensor.shape[1] < heads:
-            tensor = tensor.expand(-1, heads, *tensor.shape[2:])
-        return tensor.flatten(0, 1).to(dtype)
-
-    q, k, v, grad = flat(query) * scale, flat(key), flat(value), flat(grad_out)
-    exact = _exact_dtype(query.device)
-    axes = _axes(shapes, exact, query.device)
-    index = axes.index.expand(batch * heads, queries, -1)
-    p = flat(precision, exact).flatten(2).gather(2, index)  # [B·H, N, Σ width + height]
-    distance = axes.coordinate - flat(center, exact).flatten(2).gather(2, index)
-    # Rounded to `dtype` only where it is small, near the center.
-    prior = (distance * distance).mul_(p)
-    p, distance = p.to(dtype), distance.to(dtype)
-    weights = None if scale_weights is None else flat(scale_weights)
-    ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
-
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad_weights = q.new_empty(0) if weights is None else torch.empty_like(weights)
-    sums = torch.empty_like(p)  # of dS over the other axis
-    for s, (height, width) in enumerate(shapes):
-        keys, columns, rows = axes.slices[s]
-        ignore = None if ignored[s] is None else ignored[s].repeat_interleave(heads, 0).unsqueeze(1)
-        grad_s = grad if weights is None else grad * weights[:, :, s : s + 1]
-        prior_x, prior_y = (
-            (part - part.amin(-1, keepdim=True)).to(dtype) for part in (prior[..., columns], prior[..., rows])
-        )
-        for h, n in _blocks(batch * heads, queries, height * width, query.device):
-            logits = (prior_y[h, n].unsqueeze(3) + prior_x[h, n].unsqueeze(2)).flatten(2)
-            logits.baddbmm_(q[h, n], k[h, keys].transpose(1, 2), beta=-1)
-            p_s = _probabilities(logits, None if ignore is None else ignore[h])
-            grad_v[h, keys].baddbmm_(p_s.transpose(1, 2), grad_s[h, n])
-            if weights is not None:
-                grad_weights[h, n, s] = (torch.bmm(p_s, v[h, keys]) * grad[h, n]).sum(-1)
-            grad_p = torch.bmm(grad_s[h, n], v[h, keys].transpose(1, 2))
-            grad_logits = torch._softmax_backward_data(grad_p, p_s, -1, dtype)
-            grad_q[h, n].baddbmm_(grad_logits, k[h, keys])
-            grad_k[h, keys].baddbmm_(grad_logits.transpose(1, 2), q[h, n])
-            grid = grad_logits.unflatten(2, (height, width))
-            sums[h, n, columns], sums[h, n, rows] = grid.sum(2), grid.sum(3)
-    sums *= distance
-    total = axes.total.to(dtype)
-    grad_center = (sums * p) @ total * 2
-    grad_precision = (sums * distance) @ -total
-
-    def shaped(gradient: Tensor, like: Tensor) -> Tensor:
-        gradient = gradient.view(batch, heads, *like.shape[2:])
-        return (gradient.sum(1, keepdim=True) if like.shape[1] < heads else gradient).to(like.dtype)
-
-    return (
-        shaped(grad_q.mul_(scale), query), shaped(grad_k, key), shaped(grad_v, value),
-        shaped(grad_center, center), shaped(grad_precision, precision),
-        grad_weights if scale_weights is None else shaped(grad_weights, scale_weights),
-    )  # fmt: skip
-
-
-SCHEMA = (
-    "Tensor query, Tensor key, Tensor value, Tensor center, Tensor precision, Tensor? scale_weights, "
-    "Tensor? valid_shapes, Tensor? key_padding_mask, SymInt[] spatial_shapes, float scale"
-)
-
-
-@torch.library.custom_op("smca_kernels::sdpa_forward", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
-def _forward_operator(*inputs: Any) -> Tensor:
-    *tensors, sizes, scale = inputs
-    return _forward(*tensors, _pairs(sizes), scale)
-
-
-@torch.library.custom_op(
-    "smca_kernels::sdpa_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_operator(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, sizes, scale = inputs
-    return _backward(*tensors, _pairs(sizes), scale)
-
-
-@_forward_operator.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-@_backward_operator.register_fake
-def _(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    scale_weights = inputs[0].new_empty(0) if inputs[5] is None else inputs[5]
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (*inputs[:5], scale_weights))
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.shapes, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return _wanted(ctx, _backward_operator(grad_out, *ctx.saved_tensors, ctx.shapes, ctx.scale))
-
-
-def _wanted(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    pairs = zip(gradients, ctx.needs_input_grad[:6], strict=True)
-    return *(gradient if is_wanted else None for gradient, is_wanted in pairs), *(None,) * 4
-
-
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "smca_attention: backend 'sdpa' has no double backward; use backend='reference' for second derivatives"
-    )
-
-
-_forward_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
-_backward_operator.register_autograd(_refuse)
-
-
-class _Attention(torch.autograd.Function):
-    """The operator without its dispatch, which takes longer than a small call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _save_for_backward(ctx, inputs, inputs[0])
-        return _forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # a graph of this backward is wanted, which the operator's refuses to be
-            ctx.shapes = _flat(ctx.shapes)
-            return _differentiate(ctx, grad_out)
-        return _wanted(ctx, _backward(grad_out, *ctx.saved_tensors, ctx.shapes, ctx.scale))
-
-
-# --------------------------------------------------------------------------------------------------------- forward
-
-
 def _wide_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
@@ -260,7 +107,7 @@ def _exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def _forward_dtype(query: Tensor, shapes: SpatialShapes) -> torch.dtype:
-    """In which SDPA computes: on a CPU float32 is quicker than half precision; that holds coordinates to ±255 exactly."""
+    """In which SDPA computes. Half precision is slower on a CPU, and has no exact coordinates beyond ±255."""
     if query.dtype in HALF_DTYPES and (query.device.type == "cpu" or max(map(max, shapes)) > 511):
         return torch.float32
     return query.dtype
@@ -312,6 +159,14 @@ def _part(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
     return tensor if tensor.shape[dim] == length else tensor.narrow(dim, start, length)
 
 
+@lru_cache(maxsize=64)
+def _cells(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """(x, y) of every cell of each grid, row-major [height · width, 2]."""
+    with torch.inference_mode(False):
+        like = torch.empty(0, dtype=dtype, device=device)
+        return [torch.stack(cell_coordinates(*shape, like=like), -1) for shape in shapes]
+
+
 def _widened(
     query: Tensor,
     key: Tensor,
@@ -361,7 +216,8 @@ def _zero_where(empty: Tensor, output: Tensor) -> Tensor:
     return output.masked_fill(empty[:, None, None, None], 0.0)
 
 
-# ------------------------------------------------------------------------------------------------- widened columns
+# ------------------------------------------------------------------------------------------ columns of queries and keys
+
 
 # Columns: one for ignored keys, then the terms of the coefficients, the coarsest first: sums start with them and are
 # exact while they are large. In half precision these stand alone in the first 16 columns, so that no matrix instruction
@@ -459,23 +315,94 @@ def _valid_ranges(masks: list[Tensor], shapes: SpatialShapes, dtype: torch.dtype
     return low, high
 
 
-# --------------------------------------------------------------------------------------------------- shared tables
+# ------------------------------------------------------------------------------------------------------------- backward
 
 
-@lru_cache(maxsize=64)
-def _cells(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """(x, y) of every cell of each grid, row-major [height · width, 2]."""
-    with torch.inference_mode(False):
-        like = torch.empty(0, dtype=dtype, device=device)
-        return [torch.stack(cell_coordinates(*shape, like=like), -1) for shape in shapes]
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    scale_weights: Tensor | None,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    shapes: SpatialShapes,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the six inputs; that of absent scale_weights is empty.
+
+        dS = α P (dP - Σ P dP) with dP = dO·v,     dp = -Σ dS (x - c)²,     dc = 2 p Σ dS (x - c)
+
+    The sums over x need dS summed over y only, and the other way round: queries × (width + height).
+    """
+    batch, heads, queries, _ = query.shape
+    dtype = _wide_dtype(query)
+
+    def flat(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:  # [B, H or 1, ...] → [B·H, ...]
+        if tensor.shape[1] < heads:
+            tensor = tensor.expand(-1, heads, *tensor.shape[2:])
+        return tensor.flatten(0, 1).to(dtype)
+
+    q, k, v, grad = flat(query) * scale, flat(key), flat(value), flat(grad_out)
+    exact = _exact_dtype(query.device)
+    axes = _axes(shapes, exact, query.device)
+    index = axes.of_coordinate.expand(batch * heads, queries, -1)
+    p = flat(precision, exact).flatten(2).gather(2, index)  # [B·H, N, Σ width + height]
+    distance = axes.coordinate - flat(center, exact).flatten(2).gather(2, index)
+    # Rounded to `dtype` only where it is small, near the center.
+    prior = (distance * distance).mul_(p)
+    p, distance = p.to(dtype), distance.to(dtype)
+    weights = None if scale_weights is None else flat(scale_weights)
+    ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
+
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_weights = q.new_empty(0) if weights is None else torch.empty_like(weights)
+    sums = torch.empty_like(p)  # of dS over the other axis
+    for s, (height, width) in enumerate(shapes):
+        keys, columns, rows = axes.slices[s]
+        mask = ignored[s]
+        ignore = None if mask is None else mask.repeat_interleave(heads, 0).unsqueeze(1)
+        grad_s = grad if weights is None else grad * weights[:, :, s : s + 1]
+        prior_x, prior_y = (
+            (part - part.amin(-1, keepdim=True)).to(dtype) for part in (prior[..., columns], prior[..., rows])
+        )
+        for h, n in _blocks(batch * heads, queries, height * width, query.device):
+            logits = (prior_y[h, n].unsqueeze(3) + prior_x[h, n].unsqueeze(2)).flatten(2)
+            logits.baddbmm_(q[h, n], k[h, keys].transpose(1, 2), beta=-1)
+            p_s = _probabilities(logits, None if ignore is None else ignore[h])
+            grad_v[h, keys].baddbmm_(p_s.transpose(1, 2), grad_s[h, n])
+            if weights is not None:
+                grad_weights[h, n, s] = (torch.bmm(p_s, v[h, keys]) * grad[h, n]).sum(-1)
+            grad_p = torch.bmm(grad_s[h, n], v[h, keys].transpose(1, 2))
+            grad_logits = torch._softmax_backward_data(grad_p, p_s, -1, dtype)
+            grad_q[h, n].baddbmm_(grad_logits, k[h, keys])
+            grad_k[h, keys].baddbmm_(grad_logits.transpose(1, 2), q[h, n])
+            grid = grad_logits.unflatten(2, (height, width))
+            sums[h, n, columns], sums[h, n, rows] = grid.sum(2), grid.sum(3)
+    sums *= distance
+    total = axes.total.to(dtype)
+    grad_center = (sums * p) @ total * 2
+    grad_precision = (sums * distance) @ -total
+
+    def shaped(gradient: Tensor, like: Tensor) -> Tensor:
+        gradient = gradient.view(batch, heads, *like.shape[2:])
+        return (gradient.sum(1, keepdim=True) if like.shape[1] < heads else gradient).to(like.dtype)
+
+    return (
+        shaped(grad_q.mul_(scale), query), shaped(grad_k, key), shaped(grad_v, value),
+        shaped(grad_center, center), shaped(grad_precision, precision),
+        grad_weights if scale_weights is None else shaped(grad_weights, scale_weights),
+    )  # fmt: skip
 
 
 class _Axes(NamedTuple):
     """The columns and the rows of each grid, one scale after the other, along one dimension of Σ width + height."""
 
     coordinate: Tensor  # [Σ width + height]
-    index: Tensor  # [Σ width + height]: 2 s for a column, 2 s + 1 for a row of scale s
-    total: Tensor  # [Σ width + height, 2 S]: 1 where `index` says so
+    of_coordinate: Tensor  # [Σ width + height]: axis 2 s for a column, 2 s + 1 for a row of scale s
+    total: Tensor  # [Σ width + height, 2 S]: 1 for the axis that a coordinate is of
     slices: list[tuple[slice, slice, slice]]  # of each scale: keys, columns, rows
 
 
@@ -485,21 +412,13 @@ def _axes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> _A
         sizes = [size for height, width in shapes for size in (width, height)]
         coordinate = torch.cat([torch.arange(size, dtype=dtype, device=device) for size in sizes])
         repeats = torch.tensor(sizes, device=device)
-        index = torch.arange(len(sizes), device=device).repeat_interleave(repeats)
+        of_coordinate = torch.arange(len(sizes), device=device).repeat_interleave(repeats)
         slices, key, place = [], 0, 0
         for height, width in shapes:
             columns, rows = slice(place, place + width), slice(place + width, place + width + height)
             slices.append((slice(key, key + height * width), columns, rows))
             key, place = key + height * width, rows.stop
-        return _Axes(coordinate, index, one_hot(index, len(sizes)).to(dtype), slices)
-
-
-def _flat(shapes: SpatialShapes) -> list[int]:
-    return [size for shape in shapes for size in shape]
-
-
-def _pairs(sizes: Sequence[int]) -> SpatialShapes:
-    return tuple(zip(sizes[::2], sizes[1::2], strict=True))
+        return _Axes(coordinate, of_coordinate, one_hot(of_coordinate, len(sizes)).to(dtype), slices)
 
 
 def _blocks(heads: int, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -521,3 +440,87 @@ def _probabilities(logits: Tensor, ignore: Tensor | None) -> Tensor:
         logits.clamp_(min=logits.amax(-1, keepdim=True).add_(LOWEST_LOGIT[logits.dtype]))
     probabilities = logits.softmax(-1)
     return probabilities if ignore is None else probabilities.masked_fill_(ignore, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ operator and autograd
+
+
+SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor center, Tensor precision, Tensor? scale_weights, "
+    "Tensor? valid_shapes, Tensor? key_padding_mask, SymInt[] spatial_shapes, float scale"
+)
+
+
+@torch.library.custom_op("smca_kernels::sdpa_forward", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
+def _forward_operator(*inputs: Any) -> Tensor:
+    *tensors, sizes, scale = inputs
+    return _forward(*(*tensors, _pairs(sizes), scale))
+
+
+@torch.library.custom_op(
+    "smca_kernels::sdpa_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_operator(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, sizes, scale = inputs
+    return _backward(*(*tensors, _pairs(sizes), scale))
+
+
+@_forward_operator.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@_backward_operator.register_fake
+def _(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    scale_weights = inputs[0].new_empty(0) if inputs[5] is None else inputs[5]
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (*inputs[:5], scale_weights))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.shapes, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return _wanted(ctx, _backward_operator(grad_out, *ctx.saved_tensors, ctx.shapes, ctx.scale))
+
+
+def _wanted(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    pairs = zip(gradients, ctx.needs_input_grad[:6], strict=True)
+    return *(gradient if is_wanted else None for gradient, is_wanted in pairs), *(None,) * 4
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "smca_attention: backend 'sdpa' has no double backward; use backend='reference' for second derivatives"
+    )
+
+
+_forward_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
+_backward_operator.register_autograd(_refuse)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator without its dispatch, which takes longer than a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save_for_backward(ctx, inputs, inputs[0])
+        return _forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a graph of this backward is wanted, which the operator's refuses to be
+            ctx.shapes = _flat(ctx.shapes)
+            return _differentiate(ctx, grad_out)
+        return _wanted(ctx, _backward(*(grad_out, *ctx.saved_tensors, ctx.shapes, ctx.scale)))
+
+
+def _flat(shapes: SpatialShapes) -> list[int]:
+    return [size for shape in shapes for size in shape]
+
+
+def _pairs(sizes: Sequence[int]) -> SpatialShapes:
+    return tuple(zip(sizes[::2], sizes[1::2], strict=True))
