@@ -172,9 +172,7 @@ def saved_bytes(call: Callable[[], Tensor]) -> int:
     return held
 
 
-def host_times(
-    calls: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
+def host_times(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Microseconds that one host thread spends on each call, not waiting for the device."""
     import torch
 
@@ -259,12 +257,9 @@ def measure_memory(subject: Subject) -> Iterator[Row]:
         saved = saved_bytes(forward_call(inputs, backend)) / 1e6
         yield subject.row("saved", FORWARD, name, [saved], given)
         if name == "triton":
-            yield subject.row(
-                "saved per scale", FORWARD, name, [saved], given + per_scale_bytes(inputs) / 1e6
-            )
+            yield subject.row("saved per scale", FORWARD, name, [saved], given + per_scale_bytes(inputs) / 1e6)
     peaks = {
-        name: peak_bytes(both_call(inputs, backend), subject.device) / 1e6
-        for name, backend in subject.backends.items()
+        name: peak_bytes(both_call(inputs, backend), subject.device) / 1e6 for name, backend in subject.backends.items()
     }
     for name, peak in peaks.items():
         yield subject.row("peak", BOTH, name, [peak], peaks["reference"])
@@ -295,9 +290,7 @@ def available_backends(inputs: Inputs) -> tuple[dict[str, str], dict[str, str]]:
     return {"reference": "reference", **backends}, reasons
 
 
-def measure_all(
-    large: Workload, tiny: Workload, device: torch.device, repeats: Repeats
-) -> tuple[dict[str, Any], bool]:
+def measure_all(large: Workload, tiny: Workload, device: torch.device, repeats: Repeats) -> tuple[dict[str, Any], bool]:
     """A report of all rows, and whether parity holds and no bar is missed; no parity, no measurement.
 
     Args:

@@ -75,9 +75,7 @@ class Bar:
 
     def __str__(self) -> str:
         sign = "≥" if MEASURES[self.measure].more_is_better else "≤"
-        return f"{sign} {self.limit:g} ×" + (
-            f" + {self.plus:g} {MEASURES[self.measure].unit}" if self.plus else ""
-        )
+        return f"{sign} {self.limit:g} ×" + (f" + {self.plus:g} {MEASURES[self.measure].unit}" if self.plus else "")
 
 
 BARS: tuple[Bar, ...] = (

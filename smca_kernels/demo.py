@@ -104,9 +104,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start on stderr otherwise
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
@@ -373,9 +371,7 @@ def available_backends(inputs: Inputs) -> tuple[list[str], dict[str, str]]:
     return usable, reasons
 
 
-def check_parity(
-    layer: SpatiallyModulatedCoAttention, scene: Scene, inputs: Inputs, backend: str
-) -> tuple[str, bool]:
+def check_parity(layer: SpatiallyModulatedCoAttention, scene: Scene, inputs: Inputs, backend: str) -> tuple[str, bool]:
     """A line that compares a backend with float64 PyTorch on the photographs, and whether it passed."""
     import torch
 
@@ -444,9 +440,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 POINT_COLOR, PRIOR_COLOR, HEAT = "#00e5ff", "#ffffff", "inferno"
 
 
-def draw(
-    layer: SpatiallyModulatedCoAttention, scene: Scene, images: list[Tensor], footnote: str, path: Path
-) -> None:
+def draw(layer: SpatiallyModulatedCoAttention, scene: Scene, images: list[Tensor], footnote: str, path: Path) -> None:
     """Prior (ellipses) and attention (colour) of one query a photograph: a column a head, a row a scale."""
     import matplotlib
     import torch
@@ -463,9 +457,7 @@ def draw(
     prior = scene.prior(layer)
 
     figure = pyplot.figure(figsize=(23, 6.3 * len(images) + 1.2), dpi=100, layout="constrained")
-    figure.suptitle(
-        "SMCA co-attention: where one object query looks, per head and scale\n", fontsize=20, weight="bold"
-    )
+    figure.suptitle("SMCA co-attention: where one object query looks, per head and scale\n", fontsize=20, weight="bold")
     figure.supxlabel("\n" + footnote, fontsize=12, color="#333333")
     blocks = figure.subfigures(len(images), 1, hspace=0.04, squeeze=False)[:, 0]
     for b, (block, image, name) in enumerate(zip(blocks, images, PHOTOGRAPHS, strict=True)):
@@ -491,9 +483,7 @@ def draw(
                 center = prior.center[b, h, chosen[b], s].cpu() * stride
                 sigma = stride / (2 * prior.precision[b, h, chosen[b], s].cpu()).sqrt()
                 _draw_prior(axes, tuple(center.tolist()), tuple(sigma.tolist()))
-                axes.plot(
-                    *here, "*", color=POINT_COLOR, markersize=9, markeredgecolor="black", markeredgewidth=0.6
-                )
+                axes.plot(*here, "*", color=POINT_COLOR, markersize=9, markeredgecolor="black", markeredgewidth=0.6)
                 axes.set(xlim=window[:2], ylim=window[:1:-1], xticks=[], yticks=[])
                 if s == 0:
                     axes.set_title(f"head {h + 1}", fontsize=12)
@@ -572,9 +562,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Two photographs through ResNet-50 and the SMCA layer with 300 queries: parity with naive PyTorch, "
         "a table of time and memory, and a picture of prior and attention. Exit status 1 if parity fails."
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo_output"), metavar="FOLDER", help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="FOLDER", help="default: %(default)s")
 
 
 class Steps:

@@ -89,9 +89,7 @@ def report() -> dict[str, Any]:
     return {
         "versions": versions(),
         "interpreter": os.environ.get("TRITON_INTERPRET", ""),
-        "devices": [
-            {"device": str(device), **describe(device), "backends": backends(device)} for device in devices()
-        ],
+        "devices": [{"device": str(device), **describe(device), "backends": backends(device)} for device in devices()],
     }
 
 

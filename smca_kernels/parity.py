@@ -216,9 +216,7 @@ class Inputs:
 
     def double(self) -> Inputs:
         """The same values in float64, as fresh leaves."""
-        wide: dict[str, Any] = {
-            name: t.detach().double().requires_grad_() for name, t in self.differentiable().items()
-        }
+        wide: dict[str, Any] = {name: t.detach().double().requires_grad_() for name, t in self.differentiable().items()}
         return dataclasses.replace(self, **wide, grad_output=self.grad_output.double())
 
 
@@ -298,9 +296,7 @@ def _make_masks(case: Case, generator: torch.Generator) -> tuple[Tensor | None, 
     if case.mask == "padding":
         return None, _padding_mask(valid_shapes, case.spatial_shapes)
     if case.mask == "random":
-        return None, torch.rand(
-            case.batch, sum(h * w for h, w in case.spatial_shapes), generator=generator
-        ) < 0.4
+        return None, torch.rand(case.batch, sum(h * w for h, w in case.spatial_shapes), generator=generator) < 0.4
     # The first image has no valid key at the last scale: in no row, or in no column.
     valid_shapes[0, -1, 0] = 0
     if case.mask == "empty_scale":
@@ -347,9 +343,7 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device | s
         value=place(value, dtype).detach().requires_grad_(),
         center=place(center, prior_dtype).detach().requires_grad_(),
         precision=place(precision, prior_dtype).detach().requires_grad_(),
-        scale_weights=place(scale_weights, prior_dtype).detach().requires_grad_()
-        if case.scale_weights
-        else None,
+        scale_weights=place(scale_weights, prior_dtype).detach().requires_grad_() if case.scale_weights else None,
         spatial_shapes=case.spatial_shapes,
         valid_shapes=None if valid_shapes is None else valid_shapes.to(device),
         key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(device),
@@ -434,9 +428,7 @@ def run_reference(inputs: Inputs) -> dict[str, Tensor]:
 
 def attend(inputs: Inputs, backend: str, **options: Any) -> Tensor:
     """`smca_attention` of the inputs with a backend; `options` are other keyword arguments of it."""
-    arguments = {
-        f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.name != "grad_output"
-    }
+    arguments = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.name != "grad_output"}
     return attention.smca_attention(**arguments, backend=backend, **options)
 
 
@@ -578,14 +570,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "status 1 if one is exceeded, or if no case ran."
     )
     parser.add_argument("--quick", action="store_true", help="only the cases that tell most")
-    parser.add_argument(
-        "--backend", nargs="+", choices=BACKENDS, help="default: all; one that is named must serve"
-    )
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default: all; one that is named must serve")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: all")
     parser.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
-    parser.add_argument(
-        "--seed", type=_seed, help="an integer from 0 to 2**31 - 1; default: a fresh one, printed"
-    )
+    parser.add_argument("--seed", type=_seed, help="an integer from 0 to 2**31 - 1; default: a fresh one, printed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
 
@@ -734,10 +722,7 @@ def _json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dic
         **environment,
         "rows": [
             {
-                **{
-                    key: getattr(row, key)
-                    for key in ("backend", "dtype", "case", "status", "reason", "seconds")
-                },
+                **{key: getattr(row, key) for key in ("backend", "dtype", "case", "status", "reason", "seconds")},
                 "tensors": {name: measured(c) for name in TENSORS if (c := row.worst(name))},
             }
             for row in rows
@@ -746,9 +731,7 @@ def _json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dic
 
 
 def _junit_report(rows: list[Row], seed: int, environment: dict[str, str]) -> str:
-    count = {
-        status: str(sum(row.status == status for row in rows)) for status in ("failed", "error", "skipped")
-    }
+    count = {status: str(sum(row.status == status for row in rows)) for status in ("failed", "error", "skipped")}
     suite = ElementTree.Element(
         "testsuite",
         name="smca parity",

@@ -148,9 +148,7 @@ def parse_sass(text: str) -> list[Instruction]:
             elif base in ("EXIT", "RET", "BRX", "KILL"):
                 falls_through = guard is not None
             instructions.append(
-                Instruction(
-                    opcode, line.split("*/", 1)[1].strip(), tuple(labels), target, falls_through, source
-                )
+                Instruction(opcode, line.split("*/", 1)[1].strip(), tuple(labels), target, falls_through, source)
             )
             labels = []
     return instructions
@@ -171,9 +169,7 @@ def parse_ptx(text: str) -> list[Instruction]:
             jump = match["opcode"] in ("bra", "bra.uni")
             falls_through = match["guard"] is not None or not (jump or match["opcode"] in ("ret", "exit"))
             target = match["operands"].strip() if jump else None
-            instructions.append(
-                Instruction(match["opcode"], line.strip(), tuple(labels), target, falls_through)
-            )
+            instructions.append(Instruction(match["opcode"], line.strip(), tuple(labels), target, falls_through))
             labels = []
     return instructions
 
@@ -220,8 +216,7 @@ def find_loops(instructions: Sequence[Instruction]) -> list[list[int]]:
                     body.add(member)
                     pending.extend(predecessors[member] & dominators.keys())
     return [
-        [i for block in sorted(body) for i in range(ordered[block], ends[block])]
-        for _, body in sorted(bodies.items())
+        [i for block in sorted(body) for i in range(ordered[block], ends[block])] for _, body in sorted(bodies.items())
     ]
 
 
@@ -249,9 +244,7 @@ _PTX_TENSOR = re.compile(r"(mma|wgmma\.mma_async|tcgen05\.mma)\b")
 
 def attention_loops(instructions: Sequence[Instruction]) -> list[list[int]]:
     """The innermost loops with tensor instructions, or with exp2 where the dots are FMA: those over tiles."""
-    tensor = {
-        i for i, line in enumerate(instructions) if line.kind == "tensor" or _PTX_TENSOR.match(line.opcode)
-    }
+    tensor = {i for i, line in enumerate(instructions) if line.kind == "tensor" or _PTX_TENSOR.match(line.opcode)}
     ex2 = {i for i, line in enumerate(instructions) if line.kind == "ex2" or line.opcode.startswith("ex2.")}
     loops = find_loops(instructions)
     for marked in (tensor, ex2):
@@ -346,9 +339,7 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     if not isinstance(function, triton.JITFunction):
-        raise RuntimeError(
-            f"{function!r} can't be compiled: unset TRITON_INTERPRET before triton is imported"
-        )
+        raise RuntimeError(f"{function!r} can't be compiled: unset TRITON_INTERPRET before triton is imported")
     complete = {name: signature.get(name, "constexpr") for name in function.arg_names}
     source = ASTSource(function, complete, constexprs, attrs or {})
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
@@ -427,9 +418,7 @@ def analyze(
             note = f"{note}; {replicated}" if note else replicated
     elif elements_per_program:
         loops = [_loop_cost(instructions, threads, elements_per_program, expected_ex2=0)]
-        note = (
-            "no loop over keys: the whole kernel, shared by the workload's elements; memory is not modelled"
-        )
+        note = "no loop over keys: the whole kernel, shared by the workload's elements; memory is not modelled"
     spilled = sum(_width(i.opcode) for i in instructions if i.opcode.split(".")[0] == "STL")
     return dataclasses.replace(
         measured, spill_bytes=spilled, instructions=len(instructions), loops=tuple(loops), note=note
@@ -441,9 +430,7 @@ def _ptx_ex2(body: Iterable[Instruction]) -> int:
     return sum(2 if "x2" in i.opcode[4:] else 1 for i in body if i.opcode.startswith("ex2."))
 
 
-def _loop_cost(
-    body: Sequence[Instruction], threads: int, elements_per_iteration: int, expected_ex2: int
-) -> LoopCost:
+def _loop_cost(body: Sequence[Instruction], threads: int, elements_per_iteration: int, expected_ex2: int) -> LoopCost:
     counts = dict.fromkeys(CLASSES, 0)
     for instruction in body:
         counts[instruction.kind] += 1
@@ -458,9 +445,7 @@ def _loop_cost(
     mufu = sum(i.opcode.startswith("MUFU") for i in body)
     source = next((i.source for i in body if i.source), "")
     per_element = {name: count * share for name, count in counts.items()}
-    return LoopCost(
-        source, len(body), tiles, per_element, flops, (counts["fp32"] + packed) * share, mufu * share
-    )
+    return LoopCost(source, len(body), tiles, per_element, flops, (counts["fp32"] + packed) * share, mufu * share)
 
 
 def resident_warps(arch: int, threads: int, registers: int, shared_bytes: int) -> int:
@@ -771,9 +756,7 @@ def _totals(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[str, str]]]
     for row in rows:  # a pass's total row follows its kernels
         totals[row["pass"], row["arch"], row["dtype"], row["head_dim"]] = row
     lines: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for (pass_, arch, dtype, head_dim), row in sorted(
-        totals.items(), key=lambda item: _footer_order(*item[0])
-    ):
+    for (pass_, arch, dtype, head_dim), row in sorted(totals.items(), key=lambda item: _footer_order(*item[0])):
         value = row["instructions_per_element"]
         cell = (f"{dtype}/{head_dim}", "-" if value is None else f"{value:.2f}")
         lines.setdefault((pass_, arch), []).append(cell)

@@ -18,9 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--seed", type=int, help="seed of all random inputs; default: SMCA_SEED, else a fresh one"
-    )
+    parser.addoption("--seed", type=int, help="seed of all random inputs; default: SMCA_SEED, else a fresh one")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -86,7 +86,5 @@ def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization
     return [
         forward,
         dataclasses.replace(forward, kernel="attention", pass_="backward"),
-        Specialization(
-            "rows", "backward", row_product, product, row_constexprs, elements_per_program=64 * 5523
-        ),
+        Specialization("rows", "backward", row_product, product, row_constexprs, elements_per_program=64 * 5523),
     ]

@@ -57,9 +57,7 @@ def test_speed_bar_is_met_from_its_limit_on(subject: Subject, value: float, met:
 
 
 @pytest.mark.parametrize(("value", "met"), [(49.9, True), (50.1, False)])
-def test_overhead_bar_adds_its_microseconds_to_the_multiple(
-    subject: Subject, value: float, met: bool
-) -> None:
+def test_overhead_bar_adds_its_microseconds_to_the_multiple(subject: Subject, value: float, met: bool) -> None:
     row = subject.row("overhead", FORWARD, "sdpa", [value], base=10.0)
     assert (row.bar, row.met) == ("≤ 2 × + 30 µs", met)
 
@@ -89,9 +87,7 @@ def test_saved_bytes_count_each_storage_once_and_whole() -> None:
 
 def test_sizes_are_those_of_the_tensors(subject: Subject) -> None:
     inputs = subject.inputs()
-    assert bench_attention.input_bytes(inputs) == 4 * (
-        2 * 2 * (5 + 26 + 26) * 16 + 2 * 2 * 5 * 2 * (2 + 2 + 1)
-    )
+    assert bench_attention.input_bytes(inputs) == 4 * (2 * 2 * (5 + 26 + 26) * 16 + 2 * 2 * 5 * 2 * (2 + 2 + 1))
     assert bench_attention.per_scale_bytes(inputs) == 4 * 2 * (2 * 2 * 5 * 16 + 2 * 2 * 5)
 
 
@@ -177,9 +173,7 @@ def test_gpu_run_passes_when_every_step_does(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": path}
-    done = subprocess.run(
-        [SCRIPT, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([SCRIPT, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["all_passed"]

@@ -126,9 +126,7 @@ def test_parity_fails_when_one_tensor_is_over_its_budget(monkeypatch: pytest.Mon
 
 
 def test_triton_is_not_timed_on_a_cpu_and_the_reason_is_given() -> None:
-    usable, reasons = demo.available_backends(
-        demo.operator_inputs(demo.build_layer(CPU), make_scene([(64, 64)]))
-    )
+    usable, reasons = demo.available_backends(demo.operator_inputs(demo.build_layer(CPU), make_scene([(64, 64)])))
     assert "triton" not in usable
     assert "interpreter" in reasons["triton"]
 
@@ -167,9 +165,7 @@ def test_table_compares_every_backend_with_naive_of_its_dtype() -> None:
 
     rows = [row("reference", "float32", 1.0), row("sdpa", "float32", 0.25)]
     rows += [row("reference", "bfloat16", 0.5), row("triton", "bfloat16", 0.05)]
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in demo.format_table(rows).split("\n")
-    ]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in demo.format_table(rows).split("\n")]
     assert lines[3] == ["float32", "sdpa", "250.0 ms", "4.0 ×", "750.0 ms", "4.0 ×", "5 MB", "7 MB"]
     assert [line[1] for line in lines[2:]] == ["naive", "sdpa", "naive", "triton"]
     assert lines[5][3] == "10.0 ×"
@@ -235,8 +231,6 @@ def test_missing_package_is_named_with_what_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = demo.importlib.util.find_spec
-    monkeypatch.setattr(
-        demo.importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name)
-    )
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
     assert demo.run(argparse.Namespace(out=tmp_path / "out")) == 2
     assert "needs skimage: pip install 'smca_kernels[demo]'" in capsys.readouterr().err

@@ -86,9 +86,7 @@ def test_the_driver_is_read_from_the_kernel_where_nvidia_smi_is_missing(
 
 
 def test_a_gpu_is_described_by_what_is_known_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(
-        name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
-    )
+    properties = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(environment, "nvidia_driver", lambda: "")
     assert environment.describe(torch.device("cuda:0")) == {
@@ -107,9 +105,7 @@ def test_the_driver_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_
     assert environment.nvidia_driver() == "535.129.03"
 
 
-def test_a_failing_nvidia_smi_does_not_break_the_report(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_failing_nvidia_smi_does_not_break_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nexit 9\n")
     program.chmod(0o755)

@@ -49,9 +49,7 @@ def assert_all_within_budget(actual: dict[str, Tensor], inputs: Inputs) -> None:
 def part_of_batch(inputs: Inputs, b: int) -> Inputs:
     fields = (f.name for f in dataclasses.fields(inputs))
     tensors = {name: t for name in fields if isinstance(t := getattr(inputs, name), Tensor)}
-    alone = {
-        name: t[b : b + 1].detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()
-    }
+    alone = {name: t[b : b + 1].detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     return dataclasses.replace(inputs, **alone)
 
 
@@ -63,9 +61,7 @@ def test_output_and_gradients_are_within_the_error_budget(
     assert_all_within_budget(output_and_gradients(inputs), inputs)
 
 
-def test_gradients_have_shape_and_dtype_of_their_inputs(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_gradients_have_shape_and_dtype_of_their_inputs(device: torch.device, generator: torch.Generator) -> None:
     case = Case("", ((3, 5),), dtype="float16", heads=2, queries=5, prior_heads=1, layout="last_axis_strided")
     inputs = make_inputs(case, generator, device)
     gradients = output_and_gradients(inputs)
@@ -142,9 +138,7 @@ def test_one_gradient_alone_has_the_same_bits_as_with_the_others(
     assert torch.equal(gradient, expected)
 
 
-def test_double_backward_is_refused_with_a_clear_error(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_double_backward_is_refused_with_a_clear_error(device: torch.device, generator: torch.Generator) -> None:
     inputs = make_inputs(Case("", ((3, 5),), queries=5), generator, device)
     output = attend(inputs, "triton")
     (gradient,) = torch.autograd.grad(output.sum(), inputs.query, create_graph=True)

@@ -60,9 +60,7 @@ def test_output_is_within_the_error_budget(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_inputs_give_the_same_bits(dtype: str, device: torch.device, generator: torch.Generator) -> None:
-    inputs = make_inputs(
-        Case("", ((9, 17), (5, 9)), dtype=dtype, batch=2, mask="valid_shapes"), generator, device
-    )
+    inputs = make_inputs(Case("", ((9, 17), (5, 9)), dtype=dtype, batch=2, mask="valid_shapes"), generator, device)
     assert torch.equal(forward(inputs), forward(inputs))
 
 
@@ -87,9 +85,7 @@ def padded_grid(maps: Tensor, shape: tuple[int, int], padded: tuple[int, int], f
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_padding_to_a_larger_grid_changes_no_bit(
-    dtype: str, device: torch.device, generator: torch.Generator
-) -> None:
+def test_padding_to_a_larger_grid_changes_no_bit(dtype: str, device: torch.device, generator: torch.Generator) -> None:
     shape, padded = (9, 13), (13, 37)
     case = Case("", (shape,), dtype=dtype, queries=9)
     inputs = make_inputs(case, generator, device)
@@ -102,27 +98,21 @@ def test_padding_to_a_larger_grid_changes_no_bit(
     )
 
 
-def test_valid_shapes_and_the_same_part_as_padding_mask_agree(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_valid_shapes_and_the_same_part_as_padding_mask_agree(device: torch.device, generator: torch.Generator) -> None:
     inputs = make_inputs(Case("", ((9, 17), (5, 9)), batch=2, mask="valid_shapes"), generator, device)
     masks = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, None)
     masked = forward(inputs, valid_shapes=None, key_padding_mask=torch.cat(masks, dim=1))
     assert_output_within_budget(masked, inputs)
 
 
-def test_a_padding_mask_of_any_strides_is_read_right(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_a_padding_mask_of_any_strides_is_read_right(device: torch.device, generator: torch.Generator) -> None:
     inputs = make_inputs(Case("", ((9, 17),), queries=9, mask="random"), generator, device)
     expected = forward(inputs)
     transposed = inputs.key_padding_mask.t().contiguous().t()
     assert torch.equal(forward(inputs, key_padding_mask=transposed), expected)
 
 
-def test_valid_shapes_beyond_the_grid_act_as_clamped(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_valid_shapes_beyond_the_grid_act_as_clamped(device: torch.device, generator: torch.Generator) -> None:
     from smca_kernels.kernels import operator
 
     inputs = make_inputs(Case("", ((5, 9),), batch=2, queries=9), generator, device)
@@ -159,9 +149,7 @@ def test_a_scale_without_valid_keys_contributes_nothing(
 
 
 @pytest.mark.parametrize("mask", ["valid_shapes", "key_padding_mask"])
-def test_an_image_without_valid_keys_gives_zeros(
-    mask: str, device: torch.device, generator: torch.Generator
-) -> None:
+def test_an_image_without_valid_keys_gives_zeros(mask: str, device: torch.device, generator: torch.Generator) -> None:
     inputs = make_inputs(Case("", ((5, 9), (3, 5)), queries=9), generator, device)
     nothing = {
         "valid_shapes": torch.zeros(1, 2, 2, dtype=torch.long, device=device),
@@ -201,9 +189,7 @@ def test_offsets_beyond_2_to_the_31_elements(
 
     expected = forward(inputs)
     with torch.no_grad():
-        moved = {
-            name: spread(getattr(inputs, name), 2**12 * i) for i, name in enumerate(("query", "key", "value"))
-        }
+        moved = {name: spread(getattr(inputs, name), 2**12 * i) for i, name in enumerate(("query", "key", "value"))}
     assert torch.equal(forward(inputs, **moved), expected)
 
 
@@ -216,9 +202,7 @@ def test_outputs_beyond_2_to_the_31_elements(device: torch.device, generator: to
     case = Case("", ((2, 2),) * 8, dtype="float16", queries=64, head_dim=128)
     inputs = make_inputs(case, generator, device)
     repeat = {
-        name: getattr(inputs, name)
-        .detach()
-        .repeat(1, 1, queries // 64, *[1] * (getattr(inputs, name).dim() - 3))
+        name: getattr(inputs, name).detach().repeat(1, 1, queries // 64, *[1] * (getattr(inputs, name).dim() - 3))
         for name in ("query", "center", "precision", "scale_weights")
     }
     assert torch.equal(forward(inputs, **repeat)[:, :, -64:], forward(inputs))

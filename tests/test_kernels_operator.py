@@ -91,9 +91,7 @@ def test_dropout_uses_the_regenerated_mask_forward_and_backward(
         )
 
 
-def test_the_kernel_drops_exactly_the_elements_of_the_mask(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_the_kernel_drops_exactly_the_elements_of_the_mask(device: torch.device, generator: torch.Generator) -> None:
     # With unit vectors as values, the output is P itself.
     case = Case("", ((4, 8),), batch=2, heads=2, queries=33, scale_weights=False, prior="wide")
     inputs = make_inputs(case, generator, device)
@@ -134,9 +132,7 @@ def test_dropout_masks_of_heads_queries_and_calls_are_unrelated(
     assert correlation.abs().max() < 7 / 2048**0.5
 
 
-def test_every_call_draws_another_mask_and_a_seed_repeats_it(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_every_call_draws_another_mask_and_a_seed_repeats_it(device: torch.device, generator: torch.Generator) -> None:
     inputs = make_inputs(SMALL, generator, device)
     with torch.no_grad():
         torch.manual_seed(5)
@@ -147,9 +143,7 @@ def test_every_call_draws_another_mask_and_a_seed_repeats_it(
     assert torch.equal(first, repeated)
 
 
-def test_dropping_everything_gives_zeros_and_zero_gradients(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_dropping_everything_gives_zeros_and_zero_gradients(device: torch.device, generator: torch.Generator) -> None:
     with poisoned_memory():
         results = run_backend(make_inputs(SMALL, generator, device), "triton", dropout_p=1.0)
     for name, result in results.items():
@@ -248,9 +242,7 @@ def attend_maps(
     )
 
 
-def maps_and_prior(
-    device: torch.device, batch: int, queries: int, sides: list[tuple[int, int]]
-) -> tuple[Any, ...]:
+def maps_and_prior(device: torch.device, batch: int, queries: int, sides: list[tuple[int, int]]) -> tuple[Any, ...]:
     def leaf(*shape: int) -> Tensor:
         return torch.rand(shape, device=device).requires_grad_()
 
@@ -290,9 +282,7 @@ def test_full_graph_compiles_once_for_all_grids_batches_and_queries(device: torc
             actual = compiled(*arguments)
             actual_gradients = torch.autograd.grad(actual, leaves(arguments), upstream)
         torch.testing.assert_close(actual, expected)
-        torch.testing.assert_close(
-            actual_gradients, torch.autograd.grad(expected, leaves(arguments), upstream)
-        )
+        torch.testing.assert_close(actual_gradients, torch.autograd.grad(expected, leaves(arguments), upstream))
         stance = "fail_on_recompile"
 
 
@@ -347,9 +337,7 @@ def test_autocast_casts_query_key_value_and_leaves_the_prior(
     inputs = make_inputs(SMALL, generator, device)
     with torch.autocast(device.type, dtype):
         output = attend(inputs, "triton")
-    gradients = torch.autograd.grad(
-        output, list(inputs.differentiable().values()), inputs.grad_output.to(dtype)
-    )
+    gradients = torch.autograd.grad(output, list(inputs.differentiable().values()), inputs.grad_output.to(dtype))
     cast = {name: getattr(inputs, name).detach().to(dtype) for name in ("query", "key", "value")}
     with torch.no_grad():
         assert torch.equal(output, attend(dataclasses.replace(inputs, **cast), "triton"))
@@ -368,9 +356,7 @@ class Recorder:
         self.launches: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.launches.append(
-            dict(zip(self.names, args, strict=False)) | kwargs
-        )
+        return lambda *args, **kwargs: self.launches.append(dict(zip(self.names, args, strict=False)) | kwargs)
 
 
 KERNELS = ("forward_kernel", "weigh_kernel", "key_major_kernel", "query_major_kernel")
@@ -423,9 +409,7 @@ def test_other_grids_batches_and_queries_need_no_other_kernel(
         (4, 300, ((50, 84), (25, 42))),
         (1, 65, ((7, 333), (1, 17), (3, 4), (1, 2))),
     ]:
-        case = Case(
-            "", shapes, batch=batch, heads=2, queries=queries, mask="valid_shapes", layout="projection"
-        )
+        case = Case("", shapes, batch=batch, heads=2, queries=queries, mask="valid_shapes", layout="projection")
         run_backend(make_inputs(case, generator, device), "triton")
     for name, recorder in recorders.items():
         first, *others = [specialisation(arguments) for arguments in recorder.launches]
@@ -440,17 +424,13 @@ def test_triton_is_told_to_specialise_on_no_number(
     for name, recorder in recorders.items():
         (arguments,) = recorder.launches
         # Compile-time constants are written in capitals.
-        numbers = {
-            each for each in recorder.names if each.islower() and isinstance(arguments[each], (int, float))
-        }
+        numbers = {each for each in recorder.names if each.islower() and isinstance(arguments[each], (int, float))}
         assert {"heads", "queries", "scales"} <= numbers
         assert numbers <= set((forward if name == "forward_kernel" else backward).UNSPECIALIZED), name
 
 
 @needs_gpu
-def test_other_sizes_add_nothing_to_the_kernel_caches(
-    device: torch.device, generator: torch.Generator
-) -> None:
+def test_other_sizes_add_nothing_to_the_kernel_caches(device: torch.device, generator: torch.Generator) -> None:
     def compiled() -> int:
         caches = [getattr(launch, name).device_caches[torch.cuda.current_device()] for name in KERNELS]
         return sum(len(cache[0]) for cache in caches)

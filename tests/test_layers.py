@@ -83,9 +83,7 @@ def prior_by_hand(prior: SpatialPrior, features: Tensor, cells: Tensor) -> dict[
     scales, official = len(prior.strides), prior.geometry == "official"
     if official and "norm.weight" in state:
         centred = features - features.mean()
-        features = (
-            centred / (centred.square().mean() + 1e-5).sqrt() * state["norm.weight"] + state["norm.bias"]
-        )
+        features = centred / (centred.square().mean() + 1e-5).sqrt() * state["norm.weight"] + state["norm.bias"]
     heads = prior.num_heads if prior.modulation == "per_head" else 1
     result = {"center": cells.new_zeros(heads, scales, 2), "precision": cells.new_zeros(heads, scales, 2)}
     if "scale_selection.weight" in state:
@@ -179,13 +177,9 @@ def test_layer_equals_the_equations_written_out(geometry: str, modulation: str) 
 
 @pytest.mark.parametrize("scales", [1, 2, 8])
 @pytest.mark.parametrize(("geometry", "modulation", "scale_type"), OPTIONS)
-def test_outputs_have_the_documented_shapes(
-    geometry: str, modulation: str, scale_type: str, scales: int
-) -> None:
+def test_outputs_have_the_documented_shapes(geometry: str, modulation: str, scale_type: str, scales: int) -> None:
     strides = [4 * 2**s for s in range(scales)]
-    prior = SpatialPrior(
-        EMBED_DIM, HEADS, strides, geometry=geometry, modulation=modulation, scale_type=scale_type
-    )
+    prior = SpatialPrior(EMBED_DIM, HEADS, strides, geometry=geometry, modulation=modulation, scale_type=scale_type)
     output = prior(torch.randn(2, QUERIES, EMBED_DIM), [(3, 4)] * scales)
     maps = HEADS if modulation == "per_head" else 1
     assert output.center.shape == output.precision.shape == (2, maps, QUERIES, scales, 2)
@@ -205,9 +199,7 @@ def test_without_scale_selection_there_are_no_scale_weights() -> None:
 @pytest.mark.parametrize("modulation", ["shared", "per_head"])
 @pytest.mark.parametrize("scale_type", SCALE_TYPES)
 def test_sigma_is_two_cells_at_the_start(geometry: str, modulation: str, scale_type: str) -> None:
-    prior = SpatialPrior(
-        EMBED_DIM, HEADS, (16,), geometry=geometry, modulation=modulation, scale_type=scale_type
-    )
+    prior = SpatialPrior(EMBED_DIM, HEADS, (16,), geometry=geometry, modulation=modulation, scale_type=scale_type)
     precision = prior(torch.randn(2, QUERIES, EMBED_DIM), SHAPES[:1]).precision
     sigma = (2 * precision) ** -0.5
     torch.testing.assert_close(sigma, torch.full_like(sigma, 2.0))
@@ -446,9 +438,7 @@ def test_loaded_official_layer_computes_what_the_released_one_does(type_: str, s
 
 def test_later_official_layer_takes_the_centre_of_the_first() -> None:
     prefix = "transformer.decoder.layers.3."
-    layer = SpatiallyModulatedCoAttention.from_official_layer(
-        official_state(prefix, "type3", 1, first=False), prefix
-    )
+    layer = SpatiallyModulatedCoAttention.from_official_layer(official_state(prefix, "type3", 1, first=False), prefix)
     query, memory = torch.randn(2, 1, 256), torch.randn(6, 1, 256)
     with pytest.raises(ValueError, match="reference_logits must be given"):
         layer(query, memory, memory, [(2, 3)], prior_features=query)
@@ -702,9 +692,7 @@ def test_forward_is_captured_into_a_cuda_graph() -> None:
         ({"dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\], got 1.5"),
     ],
 )
-def test_wrong_constructor_arguments_are_named(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_wrong_constructor_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SpatiallyModulatedCoAttention(**({"embed_dim": EMBED_DIM, "num_heads": HEADS} | options))
 

@@ -202,9 +202,7 @@ def test_the_absolute_sum_bounds_every_result(generator: torch.Generator) -> Non
 
 def test_the_reference_is_within_its_own_budget(generator: torch.Generator) -> None:
     for dtype in parity.DTYPES:
-        inputs = make_inputs(
-            Case("", ((5, 9), (1, 3)), dtype=dtype, batch=2, heads=2, mask="valid_shapes"), generator
-        )
+        inputs = make_inputs(Case("", ((5, 9), (1, 3)), dtype=dtype, batch=2, heads=2, mask="valid_shapes"), generator)
         assert all(c.ratio <= 0.5 for c in compare_results(run_reference(inputs), inputs))
 
 
@@ -325,9 +323,7 @@ def test_quick_runs_the_quick_cases_alone(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.usefixtures("two_cases", "right_backend")
 def test_reports_carry_the_seed_and_the_environment(tmp_path: Path) -> None:
-    run_parity(
-        "--backend", "sdpa", "--seed", "11", "--json", str(tmp_path / "a"), "--junit", str(tmp_path / "b")
-    )
+    run_parity("--backend", "sdpa", "--seed", "11", "--json", str(tmp_path / "a"), "--junit", str(tmp_path / "b"))
     report = json.loads((tmp_path / "a").read_text())
     assert (report["seed"], report["torch"]) == (11, torch.__version__)
     assert len(report["rows"]) == 6
@@ -361,12 +357,8 @@ def test_arguments_that_can_not_work_raise_before_any_case(arguments: list[str],
         run_parity(*arguments)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--seed", "-1"], ["--seed", "x"], ["--dtype", "int8"], ["--backend", "auto"]]
-)
-def test_arguments_out_of_range_are_usage_errors(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--seed", "x"], ["--dtype", "int8"], ["--backend", "auto"]])
+def test_arguments_out_of_range_are_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         run_parity(*arguments)
     assert exit_status.value.code == 2
@@ -381,8 +373,6 @@ def test_on_a_cpu_the_kernels_run_through_the_interpreter_without_being_told() -
         "parity.CASES = parity.CASES[:1];"
         "sys.exit(main('parity --device cpu --backend triton --dtype float16 --quick'.split()))"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
+    finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert "1 passed, 0 failed, 0 error, 0 skipped" in finished.stdout, finished.stdout + finished.stderr
     assert finished.returncode == 0

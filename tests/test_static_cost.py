@@ -33,8 +33,7 @@ def sass(*lines: str) -> str:
 def attention_loop_texts(*lines: str) -> list[list[str]]:
     instructions = static_cost.parse_sass(sass(*lines))
     return [
-        [instructions[i].text.removesuffix(" ;") for i in body]
-        for body in static_cost.attention_loops(instructions)
+        [instructions[i].text.removesuffix(" ;") for i in body] for body in static_cost.attention_loops(instructions)
     ]
 
 
@@ -138,9 +137,7 @@ def test_opcode_class(opcode: str, kind: str):
 # --- counts ----------------------------------------------------------------------------------------
 
 
-def loop_cost(
-    body: list[str], expected_ex2: int, threads: int = 128, elements: int = 256
-) -> static_cost.LoopCost:
+def loop_cost(body: list[str], expected_ex2: int, threads: int = 128, elements: int = 256) -> static_cost.LoopCost:
     return static_cost._loop_cost(static_cost.parse_sass(sass(*body)), threads, elements, expected_ex2)
 
 
@@ -173,9 +170,7 @@ class CompiledLoops:
 
 def test_loop_of_rare_inputs_is_told_but_not_the_headline(monkeypatch: pytest.MonkeyPatch):
     tensor, jump = "HMMA.16816.F32 R4, R8, R12, R4", "@P0 BRA `(.L_x_{})"
-    text = sass(
-        ".L_x_0:", tensor, jump.format(0), ".L_x_1:", tensor, "FADD R1, R1, R2", jump.format(1), "EXIT"
-    )
+    text = sass(".L_x_0:", tensor, jump.format(0), ".L_x_1:", tensor, "FADD R1, R1, R2", jump.format(1), "EXIT")
     monkeypatch.setattr(static_cost, "disassemble", lambda _: text)
     monkeypatch.setattr(static_cost, "_resource_usage", lambda _: (64, 0))
     dearest = static_cost.analyze(CompiledLoops, 128)
@@ -224,9 +219,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def test_filters_take_several_values_in_any_spelling():
-    args = parse(
-        "--arch", "sm_80", "90", "8.6", "sm_100", "--dtype", "fp16", "bf16", "--head-dim", "32", "64"
-    )
+    args = parse("--arch", "sm_80", "90", "8.6", "sm_100", "--dtype", "fp16", "bf16", "--head-dim", "32", "64")
     assert (args.arch, args.dtype, args.head_dim) == ([80, 90, 86, 100], ["fp16", "bf16"], [32, 64])
 
 
@@ -252,9 +245,7 @@ def fake_rows(error: str | None = None) -> list[static_cost.Row]:
     return [static_cost._empty_row(job) | {"error": error, "instructions_per_element": 9.25}]
 
 
-def test_failed_kernel_makes_the_exit_status_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_failed_kernel_makes_the_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(static_cost, "compile_report", lambda *_, **__: fake_rows())
     assert static_cost.run(parse()) == 0
     monkeypatch.setattr(static_cost, "compile_report", lambda *_, **__: fake_rows("ptxas gave up"))
@@ -282,9 +273,7 @@ def test_interrupted_write_leaves_the_old_json(monkeypatch: pytest.MonkeyPatch, 
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_json_into_a_missing_directory_fails_before_compiling(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_json_into_a_missing_directory_fails_before_compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(static_cost, "compile_report", lambda *_, **__: pytest.fail("compiled"))
     with pytest.raises(ValueError, match="--json must lie in an existing directory"):
         static_cost.run(parse("--json", str(tmp_path / "missing" / "cost.json")))
@@ -301,9 +290,7 @@ def fake_report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         patch.syspath_prepend(str(Path(__file__).parent))
         combinations = [(arch, "fp16", 32) for arch in (70, 80, 86, 89, 90)]
         rows = static_cost.compile_report(combinations, module=FAKE_KERNELS, sass_directory=directory)
-    return SimpleNamespace(
-        rows={(row["arch"], row["kernel"]): row for row in rows}, directory=directory, all=rows
-    )
+    return SimpleNamespace(rows={(row["arch"], row["kernel"]): row for row in rows}, directory=directory, all=rows)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -374,10 +361,7 @@ def real_rows(arch: int, dtype: str, head_dim: int) -> list[static_cost.Row]:
 
 # fp16 and bf16 take the same configuration and the same registers; both are compiled where a bar names them.
 SPILL_CASES = [
-    (arch, dtype, head_dim)
-    for arch in (80, 86, 89, 90)
-    for dtype in ("bf16", "fp32")
-    for head_dim in (32, 64)
+    (arch, dtype, head_dim) for arch in (80, 86, 89, 90) for dtype in ("bf16", "fp32") for head_dim in (32, 64)
 ] + [(80, "fp16", 32), (90, "fp16", 32)]
 
 
