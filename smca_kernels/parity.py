@@ -525,7 +525,7 @@ NEIGHBOURS = 4
 
 
 def neighbours(inputs: Inputs) -> Iterator[Inputs]:
-    """Inputs with every element of query, key, value and grad_output moved by up to a rounding step."""
+    """Inputs with every element of query, key, value and grad_output moved by about a rounding step."""
     generator = torch.Generator().manual_seed(0)
     step = torch.finfo(inputs.query.dtype).eps
 
