@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from smca_kernels.files import write_text
 
 from .workloads import BARS, BOTH, FORWARD, MEASURES, WORKLOADS, Workload
 
@@ -130,9 +130,8 @@ class Subject:
 def forward_call(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
     """`smca_attention` on inputs, ready to be called."""
     from smca_kernels import smca_attention
-    from smca_kernels.demo import call_arguments
 
-    return partial(smca_attention, **call_arguments(inputs), backend=backend)
+    return partial(smca_attention, **inputs.arguments(), backend=backend)
 
 
 def both_call(inputs: Inputs, backend: str) -> Callable[[], object]:
@@ -152,24 +151,6 @@ def per_scale_bytes(inputs: Inputs) -> int:
     """Bytes of an output for every scale, in query's dtype, with a float32 log-sum-exp for every row."""
     rows = inputs.query.shape[:3].numel()
     return len(inputs.spatial_shapes) * (inputs.query.numel() * inputs.query.element_size() + rows * 4)
-
-
-def saved_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd holds after a call, for its backward."""
-    import torch
-
-    storages = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = call()
-    held = sum(storage.nbytes() for storage in storages.values())
-    del output  # until here: a freed storage's address could come back as another's
-    return held
 
 
 def host_times(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -202,7 +183,7 @@ def measure_time(subject: Subject, repeats: int) -> Iterator[Row]:
     """Rows of time, naive among them, against which all are compared."""
     import torch
 
-    from smca_kernels.demo import interleaved_times
+    from smca_kernels.profiling import interleaved_times
 
     first = subject.inputs()
     count = min(MOST_ROTATED, 1 + int(ROTATED_BYTES // input_bytes(first)))
@@ -249,7 +230,7 @@ def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
 
 def measure_memory(subject: Subject) -> Iterator[Row]:
     """Rows of bytes saved for backward and of peak memory, in MB."""
-    from smca_kernels.demo import peak_bytes
+    from smca_kernels.profiling import peak_bytes, saved_bytes
 
     inputs = subject.inputs()
     given = input_bytes(inputs) / 1e6
@@ -281,10 +262,9 @@ def check_parity(subject: Subject) -> list[str]:
 def available_backends(inputs: Inputs) -> tuple[dict[str, str], dict[str, str]]:
     """What can be measured here, as `Subject.backends`, naive first; and the reason against each other."""
     from smca_kernels import explain_backend
-    from smca_kernels.demo import available_backends as fused_backends
-    from smca_kernels.demo import call_arguments
+    from smca_kernels.profiling import available_backends as fused_backends
 
-    default = explain_backend(**call_arguments(inputs)).backend
+    default = explain_backend(**inputs.arguments()).backend
     fused, reasons = fused_backends(inputs)
     backends = {name: "auto" if name == default else name for name in fused}
     return {"reference": "reference", **backends}, reasons
@@ -396,13 +376,5 @@ def run(args: argparse.Namespace) -> int:
     repeats = (QUICK_REPEATS if args.quick else REPEATS)[device.type]
     report, passed = measure_all(WORKLOADS["detector"], WORKLOADS["tiny"], device, repeats)
     if args.json is not None:
-        _write(args.json, json.dumps({"environment": facts, **report}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"environment": facts, **report}, indent=1) + "\n")
     return 0 if passed else 1
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old one or the new one."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

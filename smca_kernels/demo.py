@@ -12,20 +12,19 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
-import itertools
 import json
-import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import replacing, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -48,71 +47,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per cha
 DOWNLOAD_SECONDS = 45
 REPEATS = {"cuda": 50, "cpu": 5}
 SEED = 0
-
-
-# -------------------------------------------------------------------------------------------------- measuring
-
-
-def interleaved_times(
-    calls: Mapping[str, Callable[[int], object]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turns, so that a slow moment of the machine hits all of them.
-
-    Args:
-        calls: by name, functions of the number of the repeat (to take other inputs each time).
-        repeats: measurements of each call, after one that does not count.
-        device: where the work happens; on a GPU its own clock (CUDA events) is read, else the wall clock.
-    """
-    import torch
-
-    for call in calls.values():
-        call(0)
-    if device.type != "cuda":
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for repeat in range(repeats):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call(repeat)
-                seconds[name].append(time.perf_counter() - start)
-        return seconds
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    torch.cuda.synchronize(device)
-    for repeat in range(repeats):
-        for name, call in calls.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call(repeat)
-            end.record()
-            events[name].append((begin, end))
-    torch.cuda.synchronize(device)
-    return {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in events.items()}
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that torch's allocator held during a call beyond what it held before it.
-
-    On a GPU the allocator counts them itself; on a CPU they are summed up from torch.profiler's record of
-    every allocation, so that buffers inside of operations count as well.
-    """
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start on stderr otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    held = itertools.accumulate(event["args"]["Bytes"] for event in events)
-    return max(held, default=0)
 
 
 # -------------------------------------------------------------------------------- photographs to feature maps
@@ -344,33 +278,6 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Input
 # ------------------------------------------------------------------------------------------- parity and table
 
 
-def call_arguments(inputs: Inputs) -> dict[str, Any]:
-    """Inputs as keyword arguments of `smca_attention`."""
-    return {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.name != "grad_output"}
-
-
-def available_backends(inputs: Inputs) -> tuple[list[str], dict[str, str]]:
-    """The fused backends that can be run and timed here, and the reason against each other one."""
-    from .attention import BACKENDS, explain_backend
-
-    usable, reasons = [], {}
-    for name in BACKENDS:
-        if name == "reference":
-            continue
-        if name == "triton" and inputs.query.device.type == "cpu":
-            reasons[name] = (
-                "its kernels are compiled for GPUs. Triton's interpreter can run them here to check them "
-                "(`smca parity`), but one operation at a time in Python: its time would say nothing"
-            )
-            continue
-        try:
-            explain_backend(**call_arguments(inputs), backend=name)
-            usable.append(name)
-        except ValueError as error:
-            reasons[name] = str(error)
-    return usable, reasons
-
-
 def check_parity(layer: SpatiallyModulatedCoAttention, scene: Scene, inputs: Inputs, backend: str) -> tuple[str, bool]:
     """A line that compares a backend with float64 PyTorch on the photographs, and whether it passed."""
     import torch
@@ -394,6 +301,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of the table: time and peak memory of the layer with each backend, forward; and with backward."""
     import torch
+
+    from .profiling import interleaved_times, peak_bytes
 
     device = scene.tokens.device
     leaves = [scene.tokens, scene.queries, *layer.parameters()]
@@ -492,7 +401,7 @@ def draw(layer: SpatiallyModulatedCoAttention, scene: Scene, images: list[Tensor
             row[0].set_ylabel(f"stride {stride}\n{rows} × {columns} cells\nweight {weight:.2f}", fontsize=11)
             bar = block.colorbar(heat, ax=row, pad=0.01, aspect=12)
             bar.set_label("attention P", fontsize=10)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     pyplot.close(figure)
 
@@ -542,20 +451,6 @@ def _draw_prior(axes: Any, center: tuple[float, float], sigma: tuple[float, floa
 # ----------------------------------------------------------------------------------------------- command line
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the path's place when all went well: nobody sees half a file."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca demo`."""
     parser.description = (
@@ -594,6 +489,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .environment import describe
+    from .profiling import available_backends
 
     torch.manual_seed(SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -649,8 +545,7 @@ def run(args: argparse.Namespace) -> int:
         "rows": rows,
         "not_run": reasons,
     }
-    with _replacing(results) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write_text(results, json.dumps(report, indent=2) + "\n")
     steps.tell(f"{picture}, {results}")
     seconds = time.perf_counter() - steps.began
     print(f"{'Parity holds' if passed else 'PARITY FAILED'}; {seconds:.0f} s in all.")

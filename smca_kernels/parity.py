@@ -26,15 +26,12 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import secrets
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -43,6 +40,7 @@ import torch
 from torch import Tensor
 
 from . import attention, reference
+from .files import write_text
 
 TENSORS = ("output", "query", "key", "value", "center", "precision", "scale_weights")
 BACKENDS = ("triton", "sdpa")
@@ -219,6 +217,10 @@ class Inputs:
         masks = (self.spatial_shapes, self.valid_shapes, self.key_padding_mask)
         scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
         return *tensors, *masks, 0.0, scale
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `smca_attention`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "grad_output"}
 
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by name."""
@@ -438,8 +440,7 @@ def run_reference(inputs: Inputs) -> dict[str, Tensor]:
 
 def attend(inputs: Inputs, backend: str, **options: Any) -> Tensor:
     """`smca_attention` of the inputs with a backend; `options` are other keyword arguments of it."""
-    arguments = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.name != "grad_output"}
-    return attention.smca_attention(**arguments, backend=backend, **options)
+    return attention.smca_attention(**inputs.arguments(), backend=backend, **options)
 
 
 def run_backend(inputs: Inputs, backend: str, **options: Any) -> dict[str, Tensor]:
@@ -661,9 +662,9 @@ def run(args: argparse.Namespace) -> int:
     for name in idle:
         print(f"no case ran on {name}")
     if args.json is not None:
-        _write(args.json, json.dumps(_json_report(rows, seed, environment), indent=2) + "\n")
+        write_text(args.json, json.dumps(_json_report(rows, seed, environment), indent=2) + "\n")
     if args.junit is not None:
-        _write(args.junit, _junit_report(rows, seed, environment))
+        write_text(args.junit, _junit_report(rows, seed, environment))
     passed = any(row.ran for row in rows) and all(row.status in ("passed", "skipped") for row in rows)
     return 0 if passed and not idle else 1
 
@@ -678,18 +679,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": f"{device} ({name})",
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "interpreter": str(os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu"),
-    }
+    from .environment import describe, versions
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu"
+    return {"device": str(device), **describe(device), **versions(), "interpreter": str(interpreted)}
 
 
 def _run_cases(
@@ -806,11 +799,3 @@ def _junit_report(rows: list[Row], seed: int, environment: dict[str, str]) -> st
     suites = ElementTree.Element("testsuites")
     suites.append(suite)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old one or the new one."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

@@ -30,6 +30,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smca_kernels.files import write_text
+
 if TYPE_CHECKING:
     from smca_kernels.kernels.launch import Specialization
 
@@ -767,19 +769,6 @@ def _footer_order(pass_: str, arch: str, dtype: str, head_dim: int) -> tuple[Any
     return pass_ != "forward", int(arch.removeprefix("sm_")), DTYPES.index(dtype), head_dim
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old content or the new, never a part."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
 def parse_architecture(text: str) -> int:
     """80 from "sm_80", "sm80", "80" or "8.0".
 
@@ -831,5 +820,5 @@ def run(args: argparse.Namespace) -> int:
     rows = compile_report(list(itertools.product(*unique)), sass_directory=args.sass)
     print(format_table(rows))
     if args.json is not None:
-        _write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+        write_text(args.json, json.dumps(rows, indent=1) + "\n")
     return 1 if any(row["error"] for row in rows) else 0

@@ -78,13 +78,6 @@ def test_row_gives_median_and_quantiles(subject: Subject) -> None:
     assert (row.value, row.q20, row.q80, row.repeats, row.ratio) == (3.5, 2.0, 5.0, 6, 10.0)
 
 
-def test_saved_bytes_count_each_storage_once_and_whole() -> None:
-    x = torch.rand(1000, requires_grad=True)
-    assert bench_attention.saved_bytes(lambda: x * x) == 4000
-    assert bench_attention.saved_bytes(lambda: (x[:10] * x[10:20]).exp()) == 4000 + 40
-    assert bench_attention.saved_bytes(lambda: x + 1) == 0
-
-
 def test_sizes_are_those_of_the_tensors(subject: Subject) -> None:
     inputs = subject.inputs()
     assert bench_attention.input_bytes(inputs) == 4 * (2 * 2 * (5 + 26 + 26) * 16 + 2 * 2 * 5 * 2 * (2 + 2 + 1))

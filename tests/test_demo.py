@@ -100,7 +100,7 @@ def test_operator_inputs_are_what_the_layer_computes_with() -> None:
     inputs = demo.operator_inputs(layer, scene)
     from smca_kernels import smca_attention
 
-    heads = smca_attention(**demo.call_arguments(inputs), backend="reference")
+    heads = smca_attention(**inputs.arguments(), backend="reference")
     torch.testing.assert_close(
         layer.out_proj(heads.transpose(1, 2).flatten(2)), demo.call_layer(layer, scene, "reference")
     )
@@ -123,33 +123,6 @@ def test_parity_fails_when_one_tensor_is_over_its_budget(monkeypatch: pytest.Mon
     assert not passed
     assert "NOT WITHIN" in line
     assert "2.00 (key)" in line
-
-
-def test_triton_is_not_timed_on_a_cpu_and_the_reason_is_given() -> None:
-    usable, reasons = demo.available_backends(demo.operator_inputs(demo.build_layer(CPU), make_scene([(64, 64)])))
-    assert "triton" not in usable
-    assert "interpreter" in reasons["triton"]
-
-
-def test_peak_counts_what_lives_at_once_and_not_what_was_freed_before() -> None:
-    def call() -> None:
-        for _ in range(3):
-            a = torch.zeros(1_000_000)
-            b = a + 1
-            del a, b
-
-    demo.peak_bytes(lambda: None, CPU)
-    assert 8_000_000 <= demo.peak_bytes(call, CPU) < 8_100_000
-
-
-def test_calls_are_timed_in_turns_after_a_warm_up() -> None:
-    order: list[tuple[str, int]] = []
-    seconds = demo.interleaved_times(
-        {"a": lambda repeat: order.append(("a", repeat)), "b": lambda repeat: time.sleep(0.01)}, 2, CPU
-    )
-    assert order == [("a", 0), ("a", 0), ("a", 1)]
-    assert len(seconds["a"]) == 2
-    assert min(seconds["b"]) >= 0.01
 
 
 def test_table_compares_every_backend_with_naive_of_its_dtype() -> None:
@@ -191,18 +164,6 @@ def test_download_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     _, line = demo.build_resnet50()
     assert time.perf_counter() - start < 4
     assert "nothing after 0.1 s" in line
-
-
-def test_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError), demo._replacing(path) as temporary:
-        temporary.write_text("half, then \ud800", "utf-8")
-    assert path.read_text() == "old"
-    with demo._replacing(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_picture_is_drawn_for_every_photograph(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from smca_kernels.parity import (
     run_backend,
     run_reference,
 )
+from smca_kernels.profiling import saved_bytes
 
 pytest.importorskip("triton")
 
@@ -146,20 +148,6 @@ def test_double_backward_is_refused_with_a_clear_error(device: torch.device, gen
         torch.autograd.grad(gradient.sum(), inputs.key)
 
 
-def saved_bytes(inputs: Inputs) -> int:
-    """Bytes of the distinct storages that autograd keeps between forward and backward."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = attend(inputs, "triton")
-        assert output.requires_grad
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_kept_for_backward_is_inputs_and_outputs_per_scale_however_many_keys(
     dtype: str, device: torch.device, generator: torch.Generator
@@ -171,7 +159,7 @@ def test_memory_kept_for_backward_is_inputs_and_outputs_per_scale_however_many_k
         of_inputs = sum(tensor.nbytes for tensor in inputs.differentiable().values())
         rows = case.batch * case.heads * case.queries * len(shapes)
         scale_outputs_and_lse = 4 * rows * (case.head_dim + 1)
-        assert saved_bytes(inputs) <= 1.1 * (of_inputs + scale_outputs_and_lse)
+        assert saved_bytes(partial(attend, inputs, "triton")) <= 1.1 * (of_inputs + scale_outputs_and_lse)
 
 
 def test_gradients_of_inputs_beyond_2_to_the_31_elements(

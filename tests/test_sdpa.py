@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from smca_kernels import parity, reference, sdpa, smca_attention
 from smca_kernels.parity import CASES, Case, Inputs, make_inputs
+from smca_kernels.profiling import saved_bytes
 
 SHAPES = ((9, 17), (5, 8))
 SMALL_CASES = [case for case in CASES if not case.large]
@@ -275,18 +276,6 @@ class LargestTensor(TorchDispatchMode):
         return results
 
 
-def saved_bytes(inputs: Inputs) -> int:
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(inputs)
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_for_backward_grows_with_the_keys_and_not_with_queries_times_keys(
     dtype: str, generator: torch.Generator, device: torch.device
@@ -295,7 +284,7 @@ def test_what_is_saved_for_backward_grows_with_the_keys_and_not_with_queries_tim
         case = Case("saved", ((side, side), (side // 2, side // 2)), queries=200, dtype=dtype)
         inputs = make_inputs(case, generator, device)
         given = sum(tensor.nbytes for tensor in inputs.differentiable().values())
-        assert saved_bytes(inputs) <= 2.5 * given
+        assert saved_bytes(partial(run, inputs)) <= 2.5 * given
 
 
 def test_no_tensor_of_queries_times_keys_is_made(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,20 +256,6 @@ def test_json_holds_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(static_cost, "compile_report", lambda *_, **__: fake_rows())
     assert static_cost.run(parse("--json", str(tmp_path / "cost.json"))) == 0
     assert json.loads((tmp_path / "cost.json").read_text()) == fake_rows()
-
-
-def test_interrupted_write_leaves_the_old_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    file = tmp_path / "cost.json"
-    file.write_text("[]")
-
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        static_cost._write_atomically(file, "[1]")
-    assert file.read_text() == "[]"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_json_into_a_missing_directory_fails_before_compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
