@@ -1,0 +1,261 @@
+"""SMCA: backbone, encoder, decoder, and a class and a box for every object query."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from .backbone import build_backbone
+from .decoder import Decoder
+from .encoder import Encoder, encoder_kinds
+from .position_encoding import sine_position_encoding
+from .presets import Config
+
+PRIOR_PROBABILITY = 0.01  # of every class at the start (Lin et al., "Focal Loss for Dense Object Detection", 2017)
+
+
+class _Tokens(NamedTuple):
+    """The cells of all scales, one scale after the other."""
+
+    tokens: Tensor  # [B, T, C]
+    positions: Tensor  # [B, T, C]
+    ignored: list[Tensor | None]  # for each scale [B, height · width], True = padding; None: no padding
+    spatial_shapes: list[tuple[int, int]]
+    valid_shapes: Tensor  # [B, S, 2]
+
+
+class SMCA(nn.Module):
+    """The detector of a configuration: images to boxes with class scores.
+
+    Args:
+        config: what to build; see `Config`.
+        backend: of the co-attention, as `smca_attention`; an attribute that may be changed at any time.
+        pretrained_backbone: fetch torchvision's ImageNet weights for the backbone. False builds without any download.
+
+    Attributes:
+        config, backend: as given.
+        classes: name of each label, "N/A" where one means nothing; None until training or loading sets it.
+
+    Raises:
+        ValueError: for a configuration that can't be built, or weights that can't be fetched.
+    """
+
+    def __init__(self, config: Config, *, backend: str = "auto", pretrained_backbone: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.classes: tuple[str, ...] | None = None
+        dim, strides = config.hidden_dim, config.strides
+        self.backbone = build_backbone(config.backbone, strides, config.dilation, pretrained_backbone)
+        self.input_proj = nn.ModuleList(_projections(self.backbone.channels, strides, dim))
+        self.scale_embed = nn.Embedding(len(strides), dim) if len(strides) > 1 else None
+        self.encoder = Encoder(
+            encoder_kinds(config.encoder),
+            len(strides),
+            dim,
+            config.num_heads,
+            config.ffn_dim,
+            config.dropout,
+            config.share_self_attention,
+            config.share_ffn,
+        )
+        self.query_embed = nn.Embedding(config.num_queries, dim)
+        self.decoder = Decoder(
+            config.decoder_layers,
+            dim,
+            config.num_heads,
+            config.ffn_dim,
+            config.dropout,
+            strides,
+            geometry=config.geometry,
+            modulation=config.modulation,
+            scale_type=config.scale_type,
+            scale_selection=config.scale_selection,
+            beta=config.beta,
+        )
+        self.class_embed = nn.Linear(dim, config.num_classes)
+        self.bbox_embed = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All but the backbone: Xavier matrices as DETR, priors wide, boxes at their centres, classes improbable."""
+        for part in (self.input_proj, self.encoder, self.decoder):
+            for parameter in part.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for projection in self.input_proj:
+            nn.init.zeros_(projection.bias)
+        for layer in self.decoder.layers:
+            layer.co_attn.reset_parameters()
+        nn.init.constant_(self.class_embed.bias, -math.log(1 / PRIOR_PROBABILITY - 1))
+        # Every box begins as half the image around its query's reference point.
+        nn.init.zeros_(self.bbox_embed[-1].weight)
+        nn.init.zeros_(self.bbox_embed[-1].bias)
+
+    def forward(self, images: Sequence[Tensor]) -> dict[str, Any]:
+        """Detections in images of any sizes.
+
+        Args:
+            images: [3, height, width] each, RGB, normalised with ImageNet's mean and standard deviation; all of one
+                floating dtype and device.
+
+        Returns:
+            pred_logits: [B, N, num_classes], before the sigmoid; there is no no-object class.
+            pred_boxes: [B, N, 4], (cx, cy, w, h) in 0…1 of each image's own size, without padding.
+            aux_outputs: the same two of every earlier decoder layer, first layer first.
+
+        Raises:
+            TypeError, ValueError: for anything but such images.
+        """
+        _check_images(images)
+        image_sizes = [(image.shape[1], image.shape[2]) for image in images]
+        return self.detect(self.backbone(_pad(images)), image_sizes)
+
+    def detect(self, maps: Mapping[int, Tensor], image_sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """What follows the backbone: its maps to detections, whatever stands in their padded cells.
+
+        Args:
+            maps: {stride: [B, channels, height, width]} as the backbone returns.
+            image_sizes: (height, width) of each image in pixels, without padding.
+
+        Returns:
+            As `forward`.
+        """
+        tokens, positions, ignored, spatial_shapes, valid_shapes = self._tokens(maps, image_sizes)
+        memory = self.encoder(tokens, positions, ignored, [height * width for height, width in spatial_shapes])
+        padded = any(mask is not None for mask in ignored)
+        queries, reference_logits = self.decoder(
+            self.query_embed.weight.expand(len(image_sizes), -1, -1),
+            memory,
+            positions,
+            spatial_shapes,
+            valid_shapes=valid_shapes if padded else None,
+            image_sizes=torch.tensor(image_sizes, device=memory.device),
+            backend=self.backend,
+        )
+        logits = self.class_embed(queries).to(reference_logits.dtype)
+        boxes = (self.bbox_embed(queries) + F.pad(reference_logits, (0, 2))).sigmoid()  # Eq. 12
+        layers = [{"pred_logits": scores, "pred_boxes": box} for scores, box in zip(logits, boxes, strict=True)]
+        return {**layers[-1], "aux_outputs": layers[:-1]}
+
+    def _tokens(self, maps: Mapping[int, Tensor], image_sizes: Sequence[tuple[int, int]]) -> _Tokens:
+        tokens, positions, ignored, spatial_shapes, valid_shapes = [], [], [], [], []
+        # Zeroed before every convolution, so that what a backbone leaves in the padding goes no further.
+        maps = {stride: _zeroed(features, stride, image_sizes)[0] for stride, features in maps.items()}
+        coarsest = maps[max(maps)]
+        for s, (stride, projection) in enumerate(zip(self.config.strides, self.input_proj, strict=True)):
+            features = projection(maps.get(stride, coarsest))
+            features, padding = _zeroed(features, stride, image_sizes)
+            if stride not in maps:
+                coarsest = features
+            spatial_shape = (features.shape[2], features.shape[3])
+            valid_shape = torch.tensor(_valid(image_sizes, stride), device=features.device)
+            encoding = sine_position_encoding(spatial_shape, valid_shape, self.config.hidden_dim).to(features.dtype)
+            if self.scale_embed is not None:
+                encoding = encoding + self.scale_embed.weight[s]
+            tokens.append(features.flatten(2).transpose(1, 2))
+            positions.append(encoding)
+            ignored.append(None if padding is None else padding.flatten(1))
+            spatial_shapes.append(spatial_shape)
+            valid_shapes.append(valid_shape)
+        return _Tokens(
+            torch.cat(tokens, 1), torch.cat(positions, 1), ignored, spatial_shapes, torch.stack(valid_shapes, 1)
+        )
+
+
+@torch.no_grad()
+def postprocess(
+    outputs: Mapping[str, Any], sizes: Tensor | Sequence[tuple[int, int]], top: int = 100
+) -> list[dict[str, Tensor]]:
+    """The best-scored (query, class) pairs of every image, with boxes in pixels.
+
+    Args:
+        outputs: of the model: pred_logits [B, N, C] and pred_boxes [B, N, 4].
+        sizes: [B, 2], (height, width) of each image in the pixels wanted, without padding.
+        top: how many pairs, at most; all N · C if that is less.
+
+    Returns:
+        For each image scores [k] in descending order, labels [k] and boxes [k, 4], (x1, y1, x2, y2).
+
+    Raises:
+        ValueError: for another number of sizes than images.
+    """
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    classes = logits.shape[2]
+    sizes = torch.as_tensor(sizes, dtype=boxes.dtype, device=boxes.device)
+    if sizes.shape != (logits.shape[0], 2):
+        raise ValueError(f"sizes must be [B={logits.shape[0]}, 2], got {list(sizes.shape)}")
+    boxes = box_convert(boxes, "cxcywh", "xyxy") * sizes.flip(-1).repeat(1, 2).unsqueeze(1)
+    scores, pairs = logits.sigmoid().flatten(1).topk(min(top, logits.shape[1] * classes))
+    return [
+        {"scores": score, "labels": pair % classes, "boxes": box[pair // classes]}
+        for score, pair, box in zip(scores, pairs, boxes, strict=True)
+    ]
+
+
+def _projections(channels: Mapping[int, int], strides: Sequence[int], dim: int) -> list[nn.Module]:
+    """1×1 for a stride of the backbone; beyond its deepest 3×3 with stride 2, from the map before."""
+    previous, inputs = max(channels), channels[max(channels)]
+    projections: list[nn.Module] = []
+    for stride in strides:
+        if stride in channels:
+            projections.append(nn.Conv2d(channels[stride], dim, 1))
+        elif stride == 2 * previous:
+            projections.append(nn.Conv2d(inputs, dim, 3, stride=2, padding=1))
+            previous, inputs = stride, dim
+        else:
+            raise ValueError(
+                f"strides must be those of the backbone, or go on from its deepest, {max(channels)}, by a factor of 2 "
+                f"each, got {tuple(strides)}"
+            )
+    return projections
+
+
+def _check_images(images: Sequence[Tensor]) -> None:
+    if not isinstance(images, Sequence):
+        raise TypeError(f"images must be a list of tensors [3, height, width], got {type(images).__name__}")
+    if not images:
+        raise ValueError("images must hold at least one image, got none")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"images[{i}] must be a floating tensor [3, height, width], got {kind}")
+        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"images[{i}] must be [3, height, width], got {list(image.shape)}")
+        if (image.dtype, image.device) != (images[0].dtype, images[0].device):
+            raise ValueError(
+                f"images[{i}] must be {images[0].dtype} on {images[0].device} as images[0], "
+                f"got {image.dtype} on {image.device}"
+            )
+
+
+def _pad(images: Sequence[Tensor]) -> Tensor:
+    """[B, 3, H, W], zeros below and to the right of each image."""
+    height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
+    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+
+
+def _valid(image_sizes: Sequence[tuple[int, int]], stride: int) -> list[tuple[int, int]]:
+    """(height, width) in cells of each image: a convolution with stride 2 and padding halves a size and rounds up."""
+    return [(-(-height // stride), -(-width // stride)) for height, width in image_sizes]
+
+
+def _zeroed(features: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    """Features [B, C, h, w] with 0 in padded cells, and those cells [B, h, w]; None if there are none."""
+    height, width = features.shape[2:]
+    valid = _valid(image_sizes, stride)
+    if all(shape == (height, width) for shape in valid):
+        return features, None
+    heights, widths = torch.tensor(valid, device=features.device).unbind(1)
+    below = torch.arange(height, device=features.device) >= heights[:, None]
+    beside = torch.arange(width, device=features.device) >= widths[:, None]
+    padding = below[:, :, None] | beside[:, None, :]
+    return features.masked_fill(padding.unsqueeze(1), 0), padding
