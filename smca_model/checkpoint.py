@@ -1,0 +1,41 @@
+"""Where a training run stands, in one file: whatever the rest of the run depends on."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smca_kernels.files import replacing
+
+FORMAT = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint of tensors and plain Python values; whoever reads meanwhile gets the one before.
+
+    Raises:
+        OSError: when the folder is missing, not writable or full.
+    """
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, **state}, temporary)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, with all tensors on the CPU.
+
+    Raises:
+        ValueError: when there is no such file, or it is no checkpoint of a training run.
+    """
+    if not path.is_file():
+        raise ValueError(f"a run to resume must have a checkpoint, but there is no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} can't be read as a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} must be a training checkpoint of format {FORMAT}, got {found}")
+    return state

@@ -1,0 +1,264 @@
+"""One step of training: the images it sees, the gradient it follows, and where it refuses to go on.
+
+What a step does depends on the trainer's state, the settings and the number of the step alone: the order of the
+images on (seed, epoch), an image's augmentation on (seed, epoch, image), dropout on (seed, step, process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+
+if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
+    from .data import CocoDetection
+    from .train import Settings
+
+    Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+# ------------------------------------------------------------------------------------------------------ images in order
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed for one purpose, well mixed from the numbers that name the purpose."""
+    import numpy
+
+    return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class SeededItems:
+    """A dataset by (epoch, index): the random part of an item follows from the seed, the epoch and the index."""
+
+    dataset: CocoDetection
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        torch.manual_seed(derived_seed(self.seed, 1, epoch, index))
+        return self.dataset[index]
+
+
+def batches(
+    length: int, epoch: int, first_step: int, settings: Settings, rank: int, world_size: int
+) -> list[list[tuple[int, int]]]:
+    """The (epoch, index) of this process's batches in an epoch, from a step on.
+
+    All processes share one order of the images; the batches of a step are neighbours in it, so that two processes
+    see what one with twice the batch size sees. The last images of the order that fill no step are left out.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, 0, epoch))
+    order = torch.randperm(length, generator=generator).tolist()
+    size = settings.batch_size
+    at_once = size * world_size
+    step_images = at_once * settings.accumulate
+    starts = range(first_step * step_images, length // step_images * step_images, at_once)
+    return [[(epoch, index) for index in order[start + rank * size :][:size]] for start in starts]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Batch]]:
+    """The batches of each step that the current epoch still has, for this process."""
+    from torch.utils.data import DataLoader
+
+    from .data import collate
+
+    settings = trainer.settings
+    epoch, first_step = divmod(trainer.step, trainer.steps_per_epoch)
+    order = batches(len(dataset), epoch, first_step, settings, distributed.rank(), distributed.world_size())
+    loader = iter(
+        DataLoader(
+            SeededItems(dataset, settings.seed),  # type: ignore[arg-type]
+            batch_sampler=order,
+            num_workers=settings.workers,
+            collate_fn=collate,
+            pin_memory=trainer.device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
+        )
+    )
+    while micro_batches := list(islice(loader, settings.accumulate)):
+        yield micro_batches
+
+
+# --------------------------------------------------------------------------------------------------------------- a step
+
+
+class Trainer:
+    """A model in training: what a checkpoint holds, and the step.
+
+    Args:
+        model: what `smca_model.build` gives, on its device.
+        settings: of the run.
+        steps_per_epoch: optimiser steps that an epoch has.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, steps_per_epoch: int) -> None:
+        from .criterion import build_criterion
+
+        self.settings, self.steps_per_epoch = settings, steps_per_epoch
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.criterion = build_criterion(model.config.num_classes)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        backbone = [p for n, p in trained if n.startswith("backbone.")]
+        others = [p for n, p in trained if not n.startswith("backbone.")]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": others, "lr": settings.lr}, {"params": backbone, "lr": settings.lr_backbone}],
+            weight_decay=settings.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.ema = None
+        if settings.ema:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
+            self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.parallel: Any = model
+        if distributed.world_size() > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        self.step = 0
+        self.seconds = 0.0
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """The model to evaluate and to use: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, besides the settings."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """One step of the optimiser on this process's batches of (images, targets); returns losses and norms.
+
+        Losses are divided by the boxes of the whole step, so that processes and accumulated batches together give
+        the gradient of one large batch.
+
+        Raises:
+            TrainingError: for outputs, losses or gradients that are not finite.
+        """
+        counts = [float(sum(len(target["labels"]) for target in targets)) for _, targets in micro_batches]
+        # The criterion divides by the boxes of one batch, averaged over processes, at least 1.
+        counts = [count / distributed.world_size() for count in distributed.summed(counts, self.device)]
+        factor = self.settings.learning_rate_factor(self.step, self.steps_per_epoch)
+        for group, lr in zip(self.optimizer.param_groups, (self.settings.lr, self.settings.lr_backbone), strict=True):
+            group["lr"] = lr * factor
+        torch.manual_seed(derived_seed(self.settings.seed, 2, self.step, distributed.rank()))
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        report: dict[str, float] = {}
+        for i, (images, targets) in enumerate(micro_batches):
+            reduced_later = self.parallel is not self.model and i + 1 < len(micro_batches)
+            with self.parallel.no_sync() if reduced_later else contextlib.nullcontext():
+                weight = max(counts[i], 1.0) / max(sum(counts), 1.0)
+                losses = self._losses(images, targets)
+                total = torch.stack(list(losses.values())).sum() * weight
+                values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+                named = dict(zip(losses, values, strict=True))
+                check_losses(named, targets, self.model.config.decoder_layers, self.step)
+                self.scaler.scale(total).backward()
+            for name, value in named.items():
+                report[name] = report.get(name, 0.0) + value * weight
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip))
+        # GradScaler leaves a step with overflown gradients out and halves its scale, which helps down to 1.
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1.0:
+            ids = [target["image_id"] for _, targets in micro_batches for target in targets]
+            check_gradients(self.model, norm, self.step, ids)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.step += 1
+        return {"loss": sum(report.values()), **report, "grad_norm": norm, "lr": self.settings.lr * factor}
+
+    def _losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+        images = [image.to(self.device, non_blocking=True) for image in images]
+        targets = [{**t, "boxes": t["boxes"].to(self.device), "labels": t["labels"].to(self.device)} for t in targets]
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
+        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            outputs = self.parallel(images)
+        outputs = _in_float32(outputs)
+        check_outputs(outputs, targets, self.step)
+        losses: dict[str, Tensor] = self.criterion(outputs, targets)
+        return losses
+
+
+def _in_float32(outputs: dict[str, Any]) -> dict[str, Any]:
+    """Focal loss and box losses lose what matters in half precision."""
+    heads = {name: outputs[name].float() for name in ("pred_logits", "pred_boxes")}
+    return {**heads, "aux_outputs": [_in_float32(layer) for layer in outputs.get("aux_outputs", [])]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- guard
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on: a loss or gradient is not finite. The message says where."""
+
+
+def check_outputs(outputs: dict[str, Any], targets: list[dict[str, Any]], step: int) -> None:
+    """Raise TrainingError for logits or boxes that are not finite, naming decoder layer, head and images."""
+    layers = [*outputs["aux_outputs"], outputs]
+    names = {"pred_logits": "class head", "pred_boxes": "box head"}
+    flags = torch.stack([torch.stack([layer[n].isfinite().flatten(1).all(1) for n in names]) for layer in layers])
+    if flags.all():
+        return
+    for layer, finite in enumerate(flags):
+        for head, of_images in zip(names.values(), finite.tolist(), strict=True):
+            ids = [target["image_id"] for target, fine in zip(targets, of_images, strict=True) if not fine]
+            if ids:
+                raise TrainingError(
+                    f"step {step}: the {head} of decoder layer {layer + 1} gives values that are not finite "
+                    f"for image ids {ids}"
+                )
+
+
+def check_losses(losses: dict[str, float], targets: list[dict[str, Any]], layers: int, step: int) -> None:
+    """Raise TrainingError for a loss that is not finite, naming it, its decoder layer and the images."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            loss, _, layer = name.removeprefix("loss_").partition("_")
+            ids = [target["image_id"] for target in targets]
+            raise TrainingError(
+                f"step {step}: the loss {loss} of decoder layer {int(layer) + 1 if layer else layers} is {value}; "
+                f"image ids {ids}"
+            )
+
+
+def check_gradients(model: nn.Module, norm: float, step: int, image_ids: list[Any]) -> None:
+    """Raise TrainingError when the norm of the gradient is not finite, naming parameters and images."""
+    if not math.isfinite(norm):
+        names = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise TrainingError(f"step {step}: the norm of the gradient is {norm}, from {shown}; image ids {image_ids}")
