@@ -1,0 +1,272 @@
+"""Weights: our own files, the authors' checkpoints, and DETR's as a start.
+
+Our files are safetensors that hold the configuration and the class names, so that `load` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smca_kernels.files import replacing
+from smca_kernels.layers import OFFICIAL_NAMES
+
+from .detector import SMCA
+from .presets import Config
+
+FORMAT = "smca_model 1"
+NOTHING = "N/A"  # the name of a label that means nothing
+
+# Labels are COCO's category ids, which have gaps.
+COCO_CLASSES = tuple(
+    "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,N/A,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,N/A,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,"
+    "remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,teddy bear,"
+    "hair drier,toothbrush".split(",")
+)
+
+# Names of DETR's parameters, which the authors kept, and ours.
+_ENCODER = r"transformer\.encoder\.layers\.(\d+)\."
+_DECODER = r"transformer\.decoder\.layers\.(\d+)\."
+_RENAMED = {
+    r"backbone\.0\.body\.": r"backbone.body.",
+    r"input_proj\.": r"input_proj.0.",
+    _ENCODER + r"self_attn\.": r"encoder.blocks.\1.self_attn.0.",
+    _ENCODER + r"(linear[12])\.": r"encoder.blocks.\1.ffn.0.\2.",
+    _ENCODER + r"(norm[12])\.": r"encoder.blocks.\1.\2.",
+    _DECODER + r"self_attn\.": r"decoder.layers.\1.self_attn.",
+    _DECODER + r"(linear[12])\.": r"decoder.layers.\1.ffn.\2.",
+    _DECODER + r"(norm[123])\.": r"decoder.layers.\1.\2.",
+    **{_DECODER + re.escape(theirs): rf"decoder.layers.\1.co_attn.{ours}" for theirs, ours in OFFICIAL_NAMES.items()},
+    r"transformer\.decoder\.norm\.": r"decoder.norm.",
+    r"(query_embed|class_embed)\.": r"\1.",
+    r"bbox_embed\.layers\.0\.": r"bbox_embed.0.",
+    r"bbox_embed\.layers\.1\.": r"bbox_embed.2.",
+    r"bbox_embed\.layers\.2\.": r"bbox_embed.4.",
+}
+_OFFICIAL_HEADS = 8
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint.
+
+    Attributes:
+        used: its names that were copied.
+        unused: its other names, and why.
+        untouched: names of the model's parameters and buffers that kept their values.
+    """
+
+    used: list[str]
+    unused: dict[str, str]
+    untouched: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.used)} tensors of the checkpoint used, {len(self.unused)} not:"]
+        lines += [f"  {name}: {reason}" for name, reason in self.unused.items()]
+        lines += [f"{len(self.untouched)} tensors of the model kept as initialised:"]
+        lines += [f"  {name}" for name in self.untouched]
+        return "\n".join(lines)
+
+
+def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> None:
+    """Write the weights with their configuration and class names; the file is replaced as a whole.
+
+    Args:
+        model: what to save.
+        path: a file, usually ``*.safetensors``.
+        classes: the name of every label in order, "N/A" for one that means nothing.
+
+    Raises:
+        ValueError: for another number of classes than the model has.
+        OSError: when the file can't be written.
+    """
+    _check_classes(classes, model.config)
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(asdict(model.config)),
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+    }
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(Path(path)) as temporary:
+        save_file(state, temporary, metadata)
+
+
+def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: Any) -> SMCA:
+    """The detector that `save` wrote, on the CPU, in evaluation mode, with its `classes`.
+
+    Args:
+        path: the file.
+        backend: of the co-attention, as `smca_attention`.
+        overrides: fields of `Config` that change no parameter, such as dropout.
+
+    Raises:
+        ValueError: for a file that `save` did not write, or overrides that the weights don't fit.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path must be a file of weights, got {os.fspath(path)}: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"path must be a file of format {FORMAT!r}, got {os.fspath(path)} of {metadata.get('format')!r}"
+        )
+    try:
+        config = replace(Config(**json.loads(metadata["config"])), **overrides)
+    except TypeError as error:
+        raise ValueError(f"overrides must be fields of Config, got {', '.join(overrides)} ({error})") from error
+    model = SMCA(config, backend=backend)
+    _load_strictly(model, state, os.fspath(path))
+    model.classes = tuple(json.loads(metadata["classes"]))
+    return model.eval()
+
+
+def load_official(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any], *, beta: float = 8.0, backend: str = "auto"
+) -> SMCA:
+    """The single-scale detector of a checkpoint of the authors' code, in evaluation mode.
+
+    Sizes, backbone and scale type (their type1, type2, type3) are told from the parameters. The labels are COCO's
+    category ids, and the names of those become `classes` where there are 91 or 92 logits, as the authors have.
+
+    Args:
+        checkpoint: a file that torch.save wrote, or what it holds: a state dict, maybe under "model".
+        beta: their `smooth`, which is not among the parameters.
+        backend: of the co-attention, as `smca_attention`.
+
+    Raises:
+        ValueError: for a checkpoint of another model: multi-scale, type4, or not SMCA.
+    """
+    state = _official_state(checkpoint)
+    renamed = {ours: state[theirs] for theirs, ours in _our_names(state).items() if ours is not None}
+    strangers = [theirs for theirs, ours in _our_names(state).items() if ours is None]
+    needed = ("query_embed.weight", "class_embed.weight", "decoder.layers.0.co_attn.prior.offset.weight")
+    missing = [name for name in (*needed, "encoder.blocks.0.ffn.0.linear1.weight") if name not in renamed]
+    if missing or strangers:
+        raise ValueError(
+            "checkpoint must be one of the authors' single-scale SMCA, "
+            f"lacking: {_shortened(missing)}; not known: {_shortened(strangers)}"
+        )
+    num_queries, hidden_dim = renamed["query_embed.weight"].shape
+    scale_outputs = renamed.get("decoder.layers.0.co_attn.prior.object_scale.bias", torch.empty(0)).shape[0]
+    scale_types = {0: "fixed", _OFFICIAL_HEADS: "single", 2 * _OFFICIAL_HEADS: "independent"}
+    if scale_outputs not in scale_types:
+        raise ValueError(
+            f"checkpoint must be of type1, type2 or type3: point3 with 0, 8 or 16 outputs, got {scale_outputs}"
+        )
+    config = Config(
+        backbone="resnet101" if "backbone.body.layer3.22.conv1.weight" in renamed else "resnet50",
+        encoder=f"{_layers(renamed, 'encoder.blocks.')}intra",
+        hidden_dim=hidden_dim,
+        num_heads=_OFFICIAL_HEADS,
+        ffn_dim=renamed["encoder.blocks.0.ffn.0.linear1.weight"].shape[0],
+        decoder_layers=_layers(renamed, "decoder.layers."),
+        num_queries=num_queries,
+        num_classes=renamed["class_embed.weight"].shape[0],
+        scale_type=scale_types[scale_outputs],
+        beta=beta,
+    )
+    model = SMCA(config, backend=backend)
+    _load_strictly(model, renamed, "checkpoint")
+    nameless = config.num_classes - len(COCO_CLASSES)
+    if nameless in (0, 1):
+        model.classes = COCO_CLASSES + (NOTHING,) * nameless
+    return model.eval()
+
+
+def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> LoadReport:
+    """Initialise a detector from a checkpoint of DETR: every tensor that has a place of its shape.
+
+    DETR's class layer is left out whatever its shape, because it was trained for a softmax with a no-object class.
+
+    Args:
+        model: changed in place.
+        checkpoint: a file that torch.save wrote, or what it holds: a state dict, maybe under "model".
+
+    Returns:
+        What was used, what was not and why, and what of the model kept its values; print it.
+
+    Raises:
+        ValueError: for a file that is no such checkpoint, or one that nothing can be used of.
+    """
+    theirs = _official_state(checkpoint)
+    ours = model.state_dict()
+    deepest = max(model.backbone.channels)  # DETR projects the deepest map, whichever of our scales that is
+    scale = model.config.strides.index(deepest) if deepest in model.config.strides else 0
+    used, unused = {}, {}
+    for name, target in _our_names(theirs).items():
+        if target is not None:
+            target = target.replace("input_proj.0.", f"input_proj.{scale}.")
+        if target is None or target not in ours:
+            unused[name] = "has no place in this model"
+        elif target.startswith("class_embed."):
+            unused[name] = "was trained for a softmax"
+        elif ours[target].shape != theirs[name].shape:
+            unused[name] = f"is {list(theirs[name].shape)}, and {target} is {list(ours[target].shape)}"
+        else:
+            used[name] = target
+    if not used:
+        raise ValueError(f"checkpoint must be one of DETR, got names such as {_shortened(list(theirs))}")
+    model.load_state_dict({target: theirs[name] for name, target in used.items()}, strict=False)
+    filled = set(used.values())
+    return LoadReport(list(used), unused, [name for name in ours if name not in filled])
+
+
+def _check_classes(classes: Sequence[str], config: Config) -> None:
+    if len(classes) != config.num_classes:
+        raise ValueError(f"classes must be {config.num_classes} names, one a label, got {len(classes)}")
+
+
+def _official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Tensor]:
+    if not isinstance(checkpoint, Mapping):
+        path = os.fspath(checkpoint)
+        try:
+            # DETR's training script stores its arguments beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever unpickling a wrong file comes upon
+            raise ValueError(f"checkpoint must be a file that torch.save wrote, got {path}: {error}") from error
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError('checkpoint must hold a state dict, itself or under "model"')
+    return state
+
+
+def _our_names(state: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """{their name: ours}, None where there is none."""
+    names: dict[str, str | None] = {}
+    for name in state:
+        matches = ((re.match(pattern, name), ours) for pattern, ours in _RENAMED.items())
+        names[name] = next((match.expand(ours) + name[match.end() :] for match, ours in matches if match), None)
+    return names
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
+
+
+def _load_strictly(model: SMCA, state: Mapping[str, Tensor], source: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{source} must fit the configuration {model.config}: {error}") from error
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
