@@ -1,0 +1,367 @@
+"""Detection data in COCO's format, and DETR's augmentation of it.
+
+A data folder is laid out as `smca data digits` writes it, or as COCO itself is:
+
+    train/ val/            with annotations/train.json            and annotations/val.json
+    train2017/ val2017/    with annotations/instances_train2017.json and annotations/instances_val2017.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional as transforms
+
+LAYOUTS = (("{}", "annotations/{}.json"), ("{}2017", "annotations/instances_{}2017.json"))
+SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR's short sides, in pixels
+MAX_SIZE = 1333
+# DETR crops from images of short side 400, 500 or 600, sides of 384 to 600 pixels: parts of its largest size, 800.
+CROP_FROM = (0.5, 0.625, 0.75)
+CROP_SIDE = (0.48, 0.75)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel
+NO_CLASS = "N/A"  # the name of a label that means nothing, as some of COCO's 91
+
+Target = dict[str, Any]
+
+
+def find_split(folder: Path, split: str) -> tuple[Path, Path]:
+    """The folder of images and the annotation file of a split, "train" or "val", of a data folder.
+
+    Raises:
+        ValueError: when there is neither layout, naming what was looked for.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data must be a folder, got {folder}")
+    candidates = [(folder / images.format(split), folder / file.format(split)) for images, file in LAYOUTS]
+    for images, file in candidates:
+        if images.is_dir() and file.is_file():
+            return images, file
+    wanted = ", or ".join(f"{images.name}/ and {file.relative_to(folder)}" for images, file in candidates)
+    raise ValueError(f"data must be a folder with {wanted}; {folder} has neither")
+
+
+def check_classes(model_classes: Sequence[str], dataset_classes: Sequence[str]) -> None:
+    """Refuses a model whose classes are not those of the dataset, whatever their order; "N/A" doesn't count.
+
+    Raises:
+        ValueError: naming both lists.
+    """
+    of_model, of_dataset = ([name for name in names if name != NO_CLASS] for names in (model_classes, dataset_classes))
+    if set(of_model) != set(of_dataset):
+        raise ValueError(
+            "the model's classes must be those of the dataset; the model has "
+            f"{len(of_model)} ({', '.join(of_model)}), the dataset has {len(of_dataset)} ({', '.join(of_dataset)})"
+        )
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target]]):
+    """Images and their boxes, in order of image id.
+
+    An item is a float32 image [3, H, W], RGB, normalised with ImageNet's mean and deviation, and its target:
+
+        boxes [n, 4] float32     cxcywh in 0…1 of the image as given
+        labels [n] int64         index into `classes`
+        image_id int
+        size (int, int)          height and width of the image as given
+        orig_size (int, int)     height and width in the file
+        dropped_boxes int        boxes left out because augmentation left less than a pixel of them
+
+    Crowds are no targets. For training, DETR's augmentation: a flip; then, each half of the time, a resize to a
+    random short side, or the same after a random crop. For evaluation, a resize to the largest of the sizes. What is
+    drawn depends on the seed, the epoch (`set_epoch`) and the index alone, whoever loads the item and when.
+
+    Args:
+        images: the folder that the annotations' file names are relative to.
+        annotations: a file in COCO's format. Ids may have gaps; ``area`` and ``iscrowd`` may be missing.
+        train: whether to augment.
+        classes: names of the labels; they must be those of the dataset (`check_classes`). None: the names of the
+            dataset's categories, in order of id.
+        sizes: short sides to choose from, in pixels.
+        max_size: most pixels of the longest side.
+        flip, crop: False leaves that out of the augmentation: digits, for one, have no mirror images.
+        seed: of the augmentation.
+
+    Attributes:
+        classes: tuple of names, one a label.
+        category_ids: for each label, the dataset's own id; None where a label means nothing.
+        image_ids: of each item.
+        degenerate_boxes: boxes in the file that have no width or height, and were left out.
+
+    Raises:
+        ValueError: for data that can't be used: a missing file, an empty split, a box outside its image, a category
+            or image that isn't listed, …; when an item is loaded, for an image that is broken or of another size.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        annotations: Path,
+        *,
+        train: bool,
+        classes: Sequence[str] | None = None,
+        sizes: Sequence[int] = SIZES,
+        max_size: int = MAX_SIZE,
+        flip: bool = True,
+        crop: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not sizes or min(sizes) < 1 or max_size <= max(sizes):
+            raise ValueError(f"sizes must be at least one, from 1 to below max_size={max_size}, got {list(sizes)}")
+        self.images, self.annotations = Path(images), Path(annotations)
+        self.train, self.sizes, self.max_size = train, tuple(sizes), max_size
+        self.flip, self.crop, self.seed = flip, crop, seed
+        # In shared memory, so that the workers of a DataLoader see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+        data = _read(self.annotations)
+        entries = sorted(data["images"], key=lambda entry: entry["id"])
+        categories = sorted(data["categories"], key=lambda category: category["id"])
+        names = [category["name"] for category in categories]
+        if classes is not None:
+            check_classes(classes, names)
+        self.classes = tuple(names if classes is None else classes)
+        id_of = {category["name"]: category["id"] for category in categories}
+        self.category_ids = tuple(id_of.get(name) for name in self.classes)
+        self.image_ids = tuple(entry["id"] for entry in entries)
+        self.files = tuple(entry["file_name"] for entry in entries)
+        self.orig_sizes = tuple((entry["height"], entry["width"]) for entry in entries)
+        self._check_files()
+
+        # Tensors rather than one object a box: workers share their memory, which counting references would copy.
+        rank = {image: i for i, image in enumerate(self.image_ids)}
+        label = {category: i for i, category in enumerate(self.category_ids)}
+        objects = [annotation for annotation in data["annotations"] if not annotation["iscrowd"]]
+        objects.sort(key=lambda annotation: rank[annotation["image_id"]])
+        boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
+        keep = (boxes[:, 2:] > 0).all(1)
+        self.degenerate_boxes = int((~keep).sum())
+        self._boxes = box_convert(boxes, "xywh", "xyxy")[keep]
+        self._labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)[keep]
+        ranks = torch.tensor([rank[a["image_id"]] for a in objects], dtype=torch.int64)[keep]
+        self._starts = torch.searchsorted(ranks, torch.arange(len(entries) + 1))
+        if not len(self._boxes):
+            raise ValueError(f"annotations must have at least one box that is no crowd, {self.annotations} has none")
+        self._tell_clipped()
+
+    def _check_files(self) -> None:
+        if not self.images.is_dir():
+            raise ValueError(f"images must be a folder, got {self.images}")
+        # One listing instead of a question per file, which takes minutes on network disks; the rest are in subfolders.
+        present = set(os.listdir(self.images))
+        missing = [f for f in self.files if f not in present and not (self.images / f).is_file()]
+        if missing:
+            raise ValueError(
+                f"images must hold every file of {self.annotations}, but {len(missing)} of {len(self.files)} are not "
+                f"in {self.images}: {_several(missing)}"
+            )
+
+    def _tell_clipped(self) -> None:
+        counts = self._starts.diff()
+        limits = torch.tensor([[w, h] for h, w in self.orig_sizes]).repeat_interleave(counts, 0)
+        # Less than a pixel is rounding in the file.
+        beyond = ((self._boxes[:, :2] < -1) | (self._boxes[:, 2:] > limits + 1)).any(1)
+        if beyond.any():
+            ids = torch.tensor(self.image_ids).repeat_interleave(counts)[beyond].unique().tolist()
+            warnings.warn(
+                f"{self.annotations}: {int(beyond.sum())} of {len(beyond)} boxes reach beyond their image and are "
+                f"clipped, in the images with ids {_several(ids)}",
+                stacklevel=3,
+            )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the augmentation draw anew; call it before iterating over a DataLoader."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        path, orig_size = self.images / self.files[index], self.orig_sizes[index]
+        image = load_image(path)
+        if tuple(image.shape[1:]) != orig_size:
+            raise ValueError(
+                f"{path} must be of the size in {self.annotations}, {_size(*orig_size)}, got {_size(*image.shape[1:])}"
+            )
+        here = slice(int(self._starts[index]), int(self._starts[index + 1]))
+        boxes = tv_tensors.BoundingBoxes(self._boxes[here].clone(), format="XYXY", canvas_size=orig_size)
+        boxes = transforms.clamp_bounding_boxes(boxes)
+        if self.train:
+            entropy = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1, np.uint64)
+            image, boxes = self._augment(image, boxes, torch.Generator().manual_seed(int(entropy[0])))
+        else:
+            image, boxes = self._resize(image, boxes, max(self.sizes))
+        # Rounding may leave a box a hair beyond the image, which would count as degenerate.
+        boxes, keep = transforms.sanitize_bounding_boxes(transforms.clamp_bounding_boxes(boxes))
+        height, width = image.shape[1:]
+        boxes = box_convert(boxes.as_subclass(Tensor), "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+        target = {
+            "boxes": boxes,
+            "labels": self._labels[here][keep],
+            "image_id": self.image_ids[index],
+            "size": (height, width),
+            "orig_size": orig_size,
+            "dropped_boxes": int((~keep).sum()),
+        }
+        return normalize(image), target
+
+    def _augment(self, image: Tensor, boxes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def draw(low: int, high: int) -> int:
+            """One of low … high, both included."""
+            return int(torch.randint(low, high + 1, (), generator=generator))
+
+        if self.flip and draw(0, 1):
+            image, boxes = transforms.horizontal_flip(image), transforms.horizontal_flip(boxes)
+        if self.crop and draw(0, 1):
+            largest = max(self.sizes)
+            short = max(1, round(CROP_FROM[draw(0, len(CROP_FROM) - 1)] * largest))
+            image, boxes = self._resize(image, boxes, short, limited=False)
+            low, high = (max(1, round(part * largest)) for part in CROP_SIDE)
+            height, width = (draw(min(low, side), min(high, side)) for side in image.shape[1:])
+            top, left = draw(0, image.shape[1] - height), draw(0, image.shape[2] - width)
+            image, boxes = (transforms.crop(each, top, left, height, width) for each in (image, boxes))
+        return self._resize(image, boxes, self.sizes[draw(0, len(self.sizes) - 1)])
+
+    def _resize(self, image: Tensor, boxes: Tensor, short: int, limited: bool = True) -> tuple[Tensor, Tensor]:
+        max_size = self.max_size if limited else None
+        return resize(image, short, max_size), transforms.resize(boxes, [short], max_size=max_size)
+
+    @functools.cached_property
+    def coco(self) -> COCO:
+        """The annotations as pycocotools' evaluation takes them; read anew, so that training doesn't hold them.
+
+        Annotations are numbered from 1, because to that evaluation a box matched to number 0 is not matched.
+        """
+        data = _read(self.annotations)
+        for number, annotation in enumerate(data["annotations"], 1):
+            annotation["id"] = number
+        return make_coco(data)
+
+
+def collate(items: Iterable[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """A batch: its images and its targets, as lists; the model pads."""
+    images, targets = zip(*items, strict=True)
+    return list(images), list(targets)
+
+
+def load_image(path: Path) -> Tensor:
+    """An image file as uint8 [3, H, W], RGB.
+
+    Raises:
+        ValueError: when it can't be read, naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
+    # Broken PNGs raise SyntaxError.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} can't be read: {error}") from None
+
+
+def resize(image: Tensor, short: int, max_size: int | None = MAX_SIZE) -> Tensor:
+    """An image [3, H, W] with the shorter side of that many pixels, or fewer where the longer would exceed max_size."""
+    return transforms.resize(image, [short], max_size=max_size, antialias=True)
+
+
+def normalize(image: Tensor) -> Tensor:
+    """uint8 [3, H, W] → float32, as the model takes it: ImageNet's mean and deviation taken off each channel."""
+    image = transforms.to_dtype(image, torch.float32, scale=True)
+    return transforms.normalize(image, MEAN, STD).as_subclass(Tensor)
+
+
+def make_coco(data: dict[str, Any]) -> COCO:
+    """pycocotools' object for a dict in COCO's format, without what it would print."""
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The images, categories and annotations of a file, checked; without masks, with every area and iscrowd."""
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"annotations must be a file that can be read, got {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"annotations must be JSON, got {path}: {error}") from None
+    parts = ("images", "categories", "annotations")
+    if not isinstance(data, dict) or not all(isinstance(data.get(part), list) for part in parts):
+        raise ValueError(f"annotations must be a JSON object with the lists {', '.join(parts)}, got {path}")
+    fields = {
+        "images": {"id": int, "file_name": str, "height": int, "width": int},
+        "categories": {"id": int, "name": str},
+        "annotations": {"image_id": int, "category_id": int, "bbox": list},
+    }
+    for part, kinds in fields.items():
+        for place, entry in enumerate(data[part]):
+            for field, kind in kinds.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                    raise ValueError(
+                        f"{path}: {part}[{place}] must have {field} ({kind.__name__}), got {_short(entry)}"
+                    )
+    for part, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        values = [entry[field] for entry in data[part]]
+        if len(set(values)) < len(values):
+            repeated = [value for value, count in Counter(values).items() if count > 1]
+            raise ValueError(f"{path}: each {field} in {part} must be there once, repeated: {_several(repeated)}")
+    for part in ("images", "categories"):
+        if not data[part]:
+            raise ValueError(f"{path}: {part} must not be empty")
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in data["images"]}
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    for annotation in data["annotations"]:
+        annotation.pop("segmentation", None)
+        _check_annotation(annotation, sizes, names, path)
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return {part: data[part] for part in parts}
+
+
+def _check_annotation(
+    annotation: dict[str, Any], sizes: dict[int, tuple[int, int]], names: dict[int, str], path: Path
+) -> None:
+    image, category, bbox = annotation["image_id"], annotation["category_id"], annotation["bbox"]
+    what = f"{path}: annotation {annotation.get('id', '')} of image {image}"
+    if image not in sizes:
+        raise ValueError(f"{what}: there is no image of that id")
+    if category not in names:
+        known = ", ".join(f"{number} {name}" for number, name in names.items())
+        raise ValueError(f"{what}: category_id must be one of the categories ({known}), got {category}")
+    if len(bbox) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox) or min(bbox[2:]) < 0:
+        raise ValueError(f"{what}: bbox must be [x, y, width, height] in pixels, got {bbox}")
+    x, y, width, height = bbox
+    rows, columns = sizes[image]
+    if min(width, height) > 0 and not (x < columns and y < rows and x + width > 0 and y + height > 0):
+        raise ValueError(f"{what}: bbox [x, y, width, height] = {bbox} lies outside the image, {_size(rows, columns)}")
+
+
+def _size(height: int, width: int) -> str:
+    return f"{width} × {height} pixels"
+
+
+def _several(values: Sequence[object], shown: int = 5) -> str:
+    return ", ".join(map(str, values[:shown])) + (", …" if len(values) > shown else "")
+
+
+def _short(entry: object, length: int = 200) -> str:
+    text = json.dumps(entry)
+    return text if len(text) <= length else text[:length] + "…"
