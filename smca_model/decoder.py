@@ -9,6 +9,7 @@ Source: Gao et al., ICCV 2021, sections 3.2 and 3.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class DecoderLayer(nn.Module):
         strides: Sequence[int],
         *,
         predicts_center: bool,
-        **prior: str | float | bool,
+        **prior: Any,
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(dim, num_heads, dropout)
@@ -90,7 +91,7 @@ class Decoder(nn.Module):
         ffn_dim: int,
         dropout: float,
         strides: Sequence[int],
-        **prior: str | float | bool,
+        **prior: Any,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
         """Normalised queries after each layer [L, B, N, C], and the reference logits [B, N, 2] they share."""
         queries = torch.zeros_like(query_pos)
         key = memory + positions  # once: autograd keeps one copy for all layers
-        reference_logits = None
+        reference_logits: Any = None
         outputs = []
         for layer in self.layers:
             queries, reference_logits = layer(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from smca_kernels import SpatiallyModulatedCoAttention
+
 from .backbone import build_backbone
 from .decoder import Decoder
 from .encoder import Encoder, encoder_kinds
@@ -91,14 +93,15 @@ class SMCA(nn.Module):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        for projection in self.input_proj:
-            nn.init.zeros_(projection.bias)
-        for layer in self.decoder.layers:
-            layer.co_attn.reset_parameters()
+                elif part is self.input_proj:
+                    nn.init.zeros_(parameter)
+        for module in self.decoder.modules():
+            if isinstance(module, SpatiallyModulatedCoAttention):
+                module.reset_parameters()
         nn.init.constant_(self.class_embed.bias, -math.log(1 / PRIOR_PROBABILITY - 1))
         # Every box begins as half the image around its query's reference point.
-        nn.init.zeros_(self.bbox_embed[-1].weight)
-        nn.init.zeros_(self.bbox_embed[-1].bias)
+        for parameter in self.bbox_embed[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """Detections in images of any sizes.

@@ -12,8 +12,8 @@ Source: Gao et al., ICCV 2021, section 3.4 "SMCA with multi-scale visual feature
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Sequence, Sized
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,35 +114,23 @@ class EncoderBlock(nn.Module):
             sizes: number of tokens of each scale, T in sum.
         """
         tokens = self.norm1(tokens + self.dropout(self._attend(tokens, positions, ignored, sizes)))
-        if len(self.ffn) == 1:
-            update = self.ffn[0](tokens)
-        else:
-            parts = tokens.split(sizes, 1)
-            update = torch.cat([ffn(part) for ffn, part in zip(self.ffn, parts, strict=True)], 1)
+        parts = _groups(tokens, self.ffn, sizes)
+        update = _joined([ffn(part) for ffn, part in zip(self.ffn, parts, strict=True)], 1)
         return self.norm2(tokens + self.dropout(update))
 
     def _attend(self, tokens: Tensor, positions: Tensor, ignored: Sequence[Tensor | None], sizes: list[int]) -> Tensor:
-        shared = len(self.self_attn) == 1
-        groups = [sum(sizes)] if shared else sizes  # of tokens with the same weights
-        projected = [
-            attention.project(*parts)
-            for attention, *parts in zip(
-                self.self_attn, tokens.split(groups, 1), positions.split(groups, 1), strict=True
-            )
-        ]
-        query, key, value = (
-            torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*projected, strict=True)
-        )
-        attend = self.self_attn[0].attend
+        attentions = cast(Sequence[SelfAttention], self.self_attn)
+        inputs = _groups(tokens, attentions, sizes), _groups(positions, attentions, sizes)
+        projected = [attention.project(*parts) for attention, *parts in zip(attentions, *inputs, strict=True)]
+        query, key, value = (_joined(parts, 2) for parts in zip(*projected, strict=True))
+        attend = attentions[0].attend
         if self.kind == "multi" or len(sizes) == 1:
             attended = attend(query, key, value, _all_ignored(ignored, tokens, sizes))
         else:
             scales = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), ignored, strict=True)
             attended = torch.cat([attend(*scale) for scale in scales], 1)
-        outputs = [
-            attention.out_proj(part) for attention, part in zip(self.self_attn, attended.split(groups, 1), strict=True)
-        ]
-        return outputs[0] if shared else torch.cat(outputs, 1)
+        parts = _groups(attended, attentions, sizes)
+        return _joined([attention.out_proj(part) for attention, part in zip(attentions, parts, strict=True)], 1)
 
 
 class Encoder(nn.Module):
@@ -184,6 +172,15 @@ def encoder_kinds(encoder: str) -> list[Kind]:
             raise ValueError(f"encoder must be such as '2intra+1multi+2intra', got {encoder!r}")
         kinds += ["intra" if match[2] == "intra" else "multi"] * int(match[1])
     return kinds
+
+
+def _groups(tokens: Tensor, modules: Sized, sizes: list[int]) -> Sequence[Tensor]:
+    """Tokens [B, T, C] as one part for each module: all of them, or those of each scale."""
+    return (tokens,) if len(modules) == 1 else tokens.split(sizes, 1)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _all_ignored(ignored: Sequence[Tensor | None], tokens: Tensor, sizes: list[int]) -> Tensor | None:

@@ -55,6 +55,18 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))  # JSON has lists only
+        counts = ("hidden_dim", "num_heads", "ffn_dim", "decoder_layers", "num_queries", "num_classes")
+        for name in counts:
+            _check_count(name, getattr(self, name))
+        for stride in self.strides:
+            _check_count("strides", stride)
+        if self.hidden_dim % 4:
+            raise ValueError(f"hidden_dim must be a multiple of 4, got {self.hidden_dim}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be whole and at least 1, got {value!r}")
 
 
 _SINGLE = Config()

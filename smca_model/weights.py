@@ -29,15 +29,16 @@ FORMAT = "smca_model 1"
 NOTHING = "N/A"  # the name of a label that means nothing
 
 # Labels are COCO's category ids, which have gaps.
-COCO_CLASSES = tuple(
+_COCO = (
     "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,N/A,stop sign,"
     "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,"
     "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
     "tennis racket,bottle,N/A,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
     "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,"
     "remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,teddy bear,"
-    "hair drier,toothbrush".split(",")
+    "hair drier,toothbrush"
 )
+COCO_CLASSES = tuple(_COCO.split(","))
 
 # Names of DETR's parameters, which the authors kept, and ours.
 _ENCODER = r"transformer\.encoder\.layers\.(\d+)\."
@@ -241,7 +242,8 @@ def _official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> M
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever unpickling a wrong file comes upon
-            raise ValueError(f"checkpoint must be a file that torch.save wrote, got {path}: {error}") from error
+            reason = str(error).split(". ")[0]  # what follows advises to load without weights_only
+            raise ValueError(f"checkpoint must be a file that torch.save wrote, got {path}: {reason}") from error
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else {}
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError('checkpoint must hold a state dict, itself or under "model"')
