@@ -42,6 +42,17 @@ NO_CLASS = "N/A"  # the name of a label that means nothing, as some of COCO's 91
 Target = dict[str, Any]
 
 
+class DataError(ValueError):
+    """Data that can't be used; the message names the file.
+
+    A DataLoader's worker passes an error on as one of the same class, with the text of its traceback as message: the
+    last line of that says all.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].rpartition("DataError: ")[-1])
+
+
 def find_split(folder: Path, split: str) -> tuple[Path, Path]:
     """The folder of images and the annotation file of a split, "train" or "val", of a data folder.
 
@@ -107,7 +118,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Raises:
         ValueError: for data that can't be used: a missing file, an empty split, a box outside its image, a category
-            or image that isn't listed, …; when an item is loaded, for an image that is broken or of another size.
+            or image that isn't listed, …
+        DataError: when an item is loaded, for an image that is broken or of another size; it is a ValueError.
     """
 
     def __init__(
@@ -197,9 +209,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         path, orig_size = self.images / self.files[index], self.orig_sizes[index]
         image = load_image(path)
         if tuple(image.shape[1:]) != orig_size:
-            raise ValueError(
-                f"{path} must be of the size in {self.annotations}, {_size(*orig_size)}, got {_size(*image.shape[1:])}"
-            )
+            wanted, got = _size(*orig_size), _size(*image.shape[1:])
+            raise DataError(f"image {path} must be of the size in {self.annotations}, {wanted}, got {got}")
         here = slice(int(self._starts[index]), int(self._starts[index + 1]))
         boxes = tv_tensors.BoundingBoxes(self._boxes[here].clone(), format="XYXY", canvas_size=orig_size)
         boxes = transforms.clamp_bounding_boxes(boxes)
@@ -265,14 +276,14 @@ def load_image(path: Path) -> Tensor:
     """An image file as uint8 [3, H, W], RGB.
 
     Raises:
-        ValueError: when it can't be read, naming the file.
+        DataError: when it can't be read, naming the file.
     """
     try:
         with Image.open(path) as image:
             return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
     # Broken PNGs raise SyntaxError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} can't be read: {error}") from None
+        raise DataError(f"image {path} can't be read: {error}") from None
 
 
 def resize(image: Tensor, short: int, max_size: int | None = MAX_SIZE) -> Tensor:

@@ -1,0 +1,202 @@
+"""COCO's average precision of a detector, by pycocotools: `smca eval`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from pycocotools.coco import COCO
+    from torch import nn
+
+    from .data import CocoDetection
+
+# pycocotools' twelve numbers, in its order.
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+Detection = dict[str, Any]
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDetection,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """COCO's twelve numbers of a detector on a dataset, and its speed, in one process.
+
+    Args:
+        model: on the device; it is put in evaluation mode for the while.
+        dataset: its labels must be the model's.
+        batch_size, workers: images at once, and processes that load them.
+        device: where the model is.
+        progress: show a bar.
+
+    Returns:
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in 0…1, -1 where the dataset has no such box;
+        and images_per_second, as `detect_all` counts it.
+
+    Raises:
+        ValueError: for a model with another number of classes, and images that can't be read.
+    """
+    detections, speed = detect_all(
+        model, dataset, batch_size=batch_size, device=device, workers=workers, progress=progress
+    )
+    numbers, _ = average_precision(dataset.coco, detections)
+    return numbers | {"images_per_second": speed}
+
+
+def detect_all(
+    model: nn.Module,
+    dataset: CocoDetection,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    progress: bool = True,
+) -> tuple[list[Detection], float]:
+    """The 100 best detections in every image, in COCO's results format, and images per second.
+
+    A detection has image_id, category_id (the dataset's own), bbox [x, y, width, height] in pixels of the image file,
+    and score. The speed is that of the model with its post-processing and copies to and from the device, without
+    loading images; the first batch, which warms up, doesn't count unless it is the only one.
+
+    Arguments and errors as `evaluate`.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision.ops import box_convert
+    from tqdm import tqdm
+
+    from .data import collate
+    from .detector import postprocess
+
+    # With a generator of its own, the loader leaves torch's as it is: training that evaluates goes on as if it hadn't.
+    loader = DataLoader(
+        dataset, batch_size, collate_fn=collate, num_workers=workers, generator=torch.Generator().manual_seed(0)
+    )
+    detections: list[Detection] = []
+    timings: list[tuple[int, float]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), tqdm(total=len(dataset), desc="evaluation", unit="image", disable=not progress) as bar:
+            for images, targets in loader:
+                began = time.perf_counter()
+                outputs = model([image.to(device, non_blocking=True) for image in images])
+                classes = outputs["pred_logits"].shape[-1]
+                if classes != len(dataset.classes):
+                    raise ValueError(
+                        f"model must have the {len(dataset.classes)} classes of the dataset, got one with {classes}"
+                    )
+                found = postprocess(outputs, [target["orig_size"] for target in targets])
+                found = [{name: tensor.cpu() for name, tensor in each.items()} for each in found]
+                timings.append((len(images), time.perf_counter() - began))
+                for target, each in zip(targets, found, strict=True):
+                    boxes = box_convert(each["boxes"], "xyxy", "xywh").tolist()
+                    for score, label, box in zip(each["scores"].tolist(), each["labels"].tolist(), boxes, strict=True):
+                        # A label that means nothing has no category.
+                        if (category := dataset.category_ids[label]) is not None:
+                            detections.append(
+                                {"image_id": target["image_id"], "category_id": category, "bbox": box, "score": score}
+                            )
+                bar.update(len(images))
+    finally:
+        model.train(was_training)
+    counted = timings[1:] or timings
+    return detections, sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
+
+
+def average_precision(coco: COCO, detections: list[Detection]) -> tuple[dict[str, float], str]:
+    """pycocotools' twelve numbers by name, and its own table of them.
+
+    Args:
+        coco: the ground truth.
+        detections: in COCO's results format.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    from .data import make_coco
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        # loadRes writes into what it gets, and refuses an empty list, though finding nothing is a result.
+        copies = [dict(detection) for detection in detections]
+        results = coco.loadRes(copies) if copies else make_coco({**coco.dataset, "annotations": []})
+        evaluation = COCOeval(coco, results, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        printed.truncate(0)
+        printed.seek(0)
+        evaluation.summarize()
+    return dict(zip(NAMES, map(float, evaluation.stats), strict=True)), printed.getvalue().rstrip()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `smca eval`."""
+    parser.description = "COCO's twelve numbers (by pycocotools) and the speed of a detector on validation data."
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FILE", help="the detector, as `smca train` writes it")
+    add("--data", type=Path, required=True, metavar="DIR", help="data folder, of which the split val is taken")
+    add("--size", type=int, default=800, metavar="PX", help="short side of the images; default: %(default)s, as COCO's")
+    add("--max-size", type=int, default=1333, metavar="PX", help="most of the longest side; default: %(default)s")
+    add("--batch-size", type=int, default=4, metavar="N", help="images at once; default: %(default)s")
+    add("--workers", type=int, default=2, metavar="N", help="processes that load images; default: %(default)s")
+    add("--device", metavar="NAME", help="such as cuda or cpu; default: a GPU if there is one")
+    add("--json", type=Path, metavar="FILE", help="write the numbers there")
+    add("--detections", type=Path, metavar="FILE", help="write the detections there, in COCO's results format")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`smca eval`: exit status 0; 2 if it can't start."""
+    wanted = ("pycocotools", "safetensors", "torchvision", "tqdm")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"smca eval needs {', '.join(missing)}: pip install 'smca_kernels[model]'", file=sys.stderr)
+        return 2
+    for option, path in (("--json", args.json), ("--detections", args.detections)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} must be a file in a folder that exists, got {path}")
+    for option, number, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+        if number < least:
+            raise ValueError(f"{option} must be at least {least}, got {number}")
+    import torch
+
+    from smca_kernels.files import write_text
+
+    from . import data, weights
+
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one of this machine, got {args.device} ({error})") from None
+    images, annotations = data.find_split(args.data, "val")
+    model = weights.load(args.weights).to(device)
+    dataset = data.CocoDetection(
+        images, annotations, train=False, classes=model.classes, sizes=(args.size,), max_size=args.max_size
+    )
+    detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
+    numbers, table = average_precision(dataset.coco, detections)
+    print(table)
+    print(
+        f"{len(dataset)} images of short side {args.size} pixels: {speed:.1f} images per second on {device}, "
+        "loading aside"
+    )
+    if args.detections is not None:
+        write_text(args.detections, json.dumps(detections))
+    if args.json is not None:
+        facts = {"weights": str(args.weights), "data": str(args.data), "images": len(dataset), "device": str(device)}
+        facts |= {"size": args.size, "max_size": args.max_size, "batch_size": args.batch_size}
+        write_text(args.json, json.dumps({**facts, **numbers, "images_per_second": speed}, indent=2) + "\n")
+    return 0
