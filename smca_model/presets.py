@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,26 @@ PRESETS: dict[str, Config] = {
     "smca-ms-tiny": replace(_TINY, strides=(8, 16, 32), encoder="1intra+1multi"),
 }
 
+# What the paper's tables, and DETR's for its own models, print: parameters in millions, multiply-adds in 10⁹.
+PAPER: dict[str, tuple[float, float | None]] = {
+    "detr-r50": (41, 86),
+    "detr-dc5-r50": (41, 187),
+    "smca-r50": (41.0, 86),
+    "smca-ms-r50": (39.5, 152),
+    "smca-ms-nossa-r50": (39.5, None),
+    "smca-3intra-r50": (37.9, None),
+    "smca-3multi-r50": (37.9, None),
+    "smca-5intra-r50": (39.5, None),
+    "smca-ms-sharedffn-r50": (42.2, None),
+    "smca-ms-sharedsa-r50": (44.7, None),
+    "smca-ms-noshare-r50": (47.3, None),
+    "detr-r101": (60, 152),
+    "detr-dc5-r101": (60, 253),
+    "smca-ms-r101": (58, 218),
+}
+IMAGE_SIZE = (800, 1120)  # (height, width); at this size DETR's models come out as DETR's paper has them
+TINY_IMAGE_SIZE = (96, 96)
+
 
 def build(
     preset: str,
@@ -141,3 +162,59 @@ def build(
         raise ValueError(f"overrides must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     config = replace(PRESETS[preset], num_classes=num_classes, **overrides)
     return SMCA(config, backend=backend, pretrained_backbone=pretrained_backbone)
+
+
+def count(config: Config, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Trainable parameters, and multiply-adds for one image of (height, width).
+
+    Multiply-adds are those of convolutions, linear layers and attention products, the co-attention's two among them;
+    the spatial prior and other elementwise work are not counted. Nothing is computed.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .detector import SMCA
+
+    with torch.device("meta"):
+        # The reference multiplies exactly the matrices of the equations.
+        model = SMCA(config, backend="reference").eval()
+        image = torch.empty(3, *image_size)
+    with FlopCounterMode(display=False) as counter:
+        model([image])
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return parameters, counter.get_total_flops() // 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="presets to count; default: all")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help=f"image size; default: {'×'.join(map(str, IMAGE_SIZE))}, {'×'.join(map(str, TINY_IMAGE_SIZE))} for tiny",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    unknown = [name for name in args.names if name not in PRESETS]
+    if unknown:
+        raise ValueError(f"NAME must be among {', '.join(PRESETS)}, got {', '.join(unknown)}")
+    if args.size and min(args.size) < 1:
+        raise ValueError(f"--size must be two numbers of pixels, got {args.size}")
+    print("                       millions of parameters     GFLOPs (multiply-adds)")
+    print("preset                    here   paper                here    paper    image")
+    for name in args.names or PRESETS:
+        config = PRESETS[name]
+        height, width = args.size or (TINY_IMAGE_SIZE if config.backbone == "tiny" else IMAGE_SIZE)
+        parameters, operations = count(config, (height, width))
+        millions = parameters / 1e6
+        paper, paper_operations = PAPER.get(name, (None, None))
+        off = "" if paper is None else f"{millions / paper - 1:+.1%}"
+        line = f"{name:22} {millions:7.2f} {_told(paper):>7} {off:>7} {operations / 1e9:12.2f} {_told(paper_operations):>8}"
+        print(f"{line}    {height}×{width}", flush=True)
+    return 0
+
+
+def _told(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
