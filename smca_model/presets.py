@@ -209,9 +209,9 @@ def run(args: argparse.Namespace) -> int:
         height, width = args.size or (TINY_IMAGE_SIZE if config.backbone == "tiny" else IMAGE_SIZE)
         parameters, operations = count(config, (height, width))
         millions = parameters / 1e6
-        paper, paper_operations = PAPER.get(name, (None, None))
+        paper, paper_gflops = PAPER.get(name, (None, None))
         off = "" if paper is None else f"{millions / paper - 1:+.1%}"
-        line = f"{name:22} {millions:7.2f} {_told(paper):>7} {off:>7} {operations / 1e9:12.2f} {_told(paper_operations):>8}"
+        line = f"{name:22} {millions:7.2f} {_told(paper):>7} {off:>7} {operations / 1e9:12.2f} {_told(paper_gflops):>8}"
         print(f"{line}    {height}×{width}", flush=True)
     return 0
 
