@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-# Rank 0 evaluates alone while the others wait in a collective, which must not time out meanwhile.
-PATIENCE = timedelta(hours=6)
 
 
 @contextmanager
@@ -24,7 +21,7 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
@@ -33,7 +30,7 @@ def process_group() -> Iterator[torch.device]:
 
 def rank() -> int:
     """Number of this process, 0 without torchrun. Process 0 alone writes files and speaks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -58,6 +55,15 @@ def largest(number: float, device: torch.device) -> float:
     found = torch.tensor(number, dtype=torch.float64, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.item()
+
+
+def joined(parts: list[Any]) -> list[Any]:
+    """The lists of all processes, one after the other."""
+    if not dist.is_initialized():
+        return parts
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, parts)
+    return [item for each in found for item in each]
 
 
 def barrier() -> None:

@@ -10,9 +10,8 @@ import contextlib
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,15 @@ from . import distributed
 
 if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
     from .data import CocoDetection
+    from .detector import SMCA
     from .train import Settings
 
     Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
+ORDER, DROPOUT, WEIGHTS = range(3)  # what a seed is derived for
 
-# ------------------------------------------------------------------------------------------------------ images in order
+
+# ----------------------------------------------------------------------------------------------------- images in order
 
 
 def derived_seed(*numbers: int) -> int:
@@ -36,34 +38,21 @@ def derived_seed(*numbers: int) -> int:
     return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> 1)
 
 
-@dataclass(frozen=True)
-class SeededItems:
-    """A dataset by (epoch, index): the random part of an item follows from the seed, the epoch and the index."""
-
-    dataset: CocoDetection
-    seed: int
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        torch.manual_seed(derived_seed(self.seed, 1, epoch, index))
-        return self.dataset[index]
-
-
 def batches(
     length: int, epoch: int, first_step: int, settings: Settings, rank: int, world_size: int
-) -> list[list[tuple[int, int]]]:
-    """The (epoch, index) of this process's batches in an epoch, from a step on.
+) -> list[list[int]]:
+    """The images of this process's batches in an epoch, from a step on.
 
     All processes share one order of the images; the batches of a step are neighbours in it, so that two processes
     see what one with twice the batch size sees. The last images of the order that fill no step are left out.
     """
-    generator = torch.Generator().manual_seed(derived_seed(settings.seed, 0, epoch))
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, ORDER, epoch))
     order = torch.randperm(length, generator=generator).tolist()
     size = settings.batch_size
     at_once = size * world_size
     step_images = at_once * settings.accumulate
     starts = range(first_step * step_images, length // step_images * step_images, at_once)
-    return [[(epoch, index) for index in order[start + rank * size :][:size]] for start in starts]
+    return [order[start + rank * size :][:size] for start in starts]
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -79,10 +68,11 @@ def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Bat
 
     settings = trainer.settings
     epoch, first_step = divmod(trainer.step, trainer.steps_per_epoch)
+    dataset.set_epoch(epoch)
     order = batches(len(dataset), epoch, first_step, settings, distributed.rank(), distributed.world_size())
     loader = iter(
         DataLoader(
-            SeededItems(dataset, settings.seed),  # type: ignore[arg-type]
+            dataset,
             batch_sampler=order,
             num_workers=settings.workers,
             collate_fn=collate,
@@ -106,7 +96,7 @@ class Trainer:
         steps_per_epoch: optimiser steps that an epoch has.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, steps_per_epoch: int) -> None:
+    def __init__(self, model: SMCA, settings: Settings, steps_per_epoch: int) -> None:
         from .criterion import build_criterion
 
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
@@ -121,9 +111,9 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.ema = None
+        self.ema: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.parallel: Any = model
         if distributed.world_size() > 1:
@@ -133,9 +123,9 @@ class Trainer:
         self.seconds = 0.0
 
     @property
-    def trained_model(self) -> nn.Module:
+    def trained_model(self) -> SMCA:
         """The model to evaluate and to use: the moving average if there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema is None else cast("SMCA", self.ema.module)
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on, besides the settings."""
@@ -158,7 +148,7 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
 
     def train_step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """One step of the optimiser on this process's batches of (images, targets); returns losses and norms.
+        """One step of the optimiser on this process's batches of (images, targets); returns the losses and more.
 
         Losses are divided by the boxes of the whole step, so that processes and accumulated batches together give
         the gradient of one large batch.
@@ -172,7 +162,7 @@ class Trainer:
         factor = self.settings.learning_rate_factor(self.step, self.steps_per_epoch)
         for group, lr in zip(self.optimizer.param_groups, (self.settings.lr, self.settings.lr_backbone), strict=True):
             group["lr"] = lr * factor
-        torch.manual_seed(derived_seed(self.settings.seed, 2, self.step, distributed.rank()))
+        torch.manual_seed(derived_seed(self.settings.seed, DROPOUT, self.step, distributed.rank()))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         report: dict[str, float] = {}
@@ -185,7 +175,7 @@ class Trainer:
                 values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
                 named = dict(zip(losses, values, strict=True))
                 check_losses(named, targets, self.model.config.decoder_layers, self.step)
-                self.scaler.scale(total).backward()
+                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             for name, value in named.items():
                 report[name] = report.get(name, 0.0) + value * weight
         self.scaler.unscale_(self.optimizer)
@@ -200,7 +190,9 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.step += 1
-        return {"loss": sum(report.values()), **report, "grad_norm": norm, "lr": self.settings.lr * factor}
+        dropped = sum(target["dropped_boxes"] for _, targets in micro_batches for target in targets)
+        rates = {"grad_norm": norm, "lr": self.settings.lr * factor, "dropped_boxes": dropped}
+        return {"loss": sum(report.values()), **report, **rates}
 
     def _losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = [image.to(self.device, non_blocking=True) for image in images]
@@ -208,16 +200,9 @@ class Trainer:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
             outputs = self.parallel(images)
-        outputs = _in_float32(outputs)
         check_outputs(outputs, targets, self.step)
         losses: dict[str, Tensor] = self.criterion(outputs, targets)
         return losses
-
-
-def _in_float32(outputs: dict[str, Any]) -> dict[str, Any]:
-    """Focal loss and box losses lose what matters in half precision."""
-    heads = {name: outputs[name].float() for name in ("pred_logits", "pred_boxes")}
-    return {**heads, "aux_outputs": [_in_float32(layer) for layer in outputs.get("aux_outputs", [])]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- guard

@@ -1,8 +1,8 @@
 """`smca train`: AdamW on the weighted losses of every decoder layer, learning rate ÷ 10 once, as the paper trains.
 
 A run is a folder: checkpoint.pt (where it stands), model.safetensors (the weights to use, those of the moving average
-if there is one), metrics.jsonl and tensorboard/. A run
-that is stopped anywhere and resumed gives the same weights; engine.py tells why.
+if there is one), metrics.jsonl and tensorboard/. A run that is stopped anywhere and resumed gives the same weights;
+engine.py tells why.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from smca_kernels.files import write_text
 
 from . import checkpoint, distributed
-from .engine import Trainer, TrainingError, derived_seed, epoch_batches
+from .engine import WEIGHTS, Trainer, TrainingError, derived_seed, epoch_batches
 
 if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
     from .data import CocoDetection
-
-    Batch = tuple[list[Tensor], list[dict[str, Any]]]
+    from .detector import SMCA
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DROP = 10.0  # the paper divides the learning rate by this, once
@@ -65,8 +64,14 @@ class Settings:
     overrides: tuple[str, ...] = option((), "changes to the preset, such as dropout=0.0", metavar="NAME=VALUE")
     pretrained_backbone: bool | None = option(None, "ImageNet weights; default: unless the backbone is tiny")
     detr_weights: str = option("", "start from a facebookresearch DETR checkpoint", metavar="FILE")
-    short_sides: tuple[int, ...] = option((), "short sides to resize to, in pixels, the largest for evaluation")
-    max_side: int = option(1333, "longest side of a resized image, in pixels")
+    sizes: tuple[int, ...] = option(
+        (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        "short sides that images are resized to, in pixels; the largest for evaluation",
+        type=int,
+    )
+    max_size: int = option(1333, "most pixels of the longest side")
+    flip: bool = option(True, "mirror half of the training images")
+    crop: bool = option(True, "crop half of the training images")
     epochs: int = option(50, "passes over the training images")
     lr_drop: int = option(40, "epoch from which the learning rate is a tenth")
     lr: float = option(1e-4, "learning rate")
@@ -88,7 +93,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         at_least = {"epochs": 1, "lr_drop": 0, "batch_size": 1, "accumulate": 1, "workers": 0, "log_every": 1}
-        at_least |= {"eval_every": 0, "warmup_steps": 0, "max_side": 1, "seed": 0}
+        at_least |= {"eval_every": 0, "warmup_steps": 0, "seed": 0}
         at_least |= {"lr": 0, "lr_backbone": 0, "weight_decay": 0, "save_minutes": 0}
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
@@ -135,9 +140,8 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
-        kept = [
-            line for line in read_metrics(folder) if (line["step"] < step if "AP" in line else line["step"] <= step)
-        ]
+        # The evaluation at the step itself is run again: it may not have come to its end.
+        kept = [line for line in read_metrics(folder) if line["step"] < step + ("AP" not in line)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -164,19 +168,20 @@ def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
     """The training and the validation images, with one list of classes."""
     from . import data
 
-    sizes: dict[str, Any] = {"max_side": settings.max_side}
-    if settings.short_sides:
-        sizes["short_sides"] = settings.short_sides
-    train_set = data.CocoDetection(*data.find_split(Path(settings.data), "train"), train=True, **sizes)
-    val_split = data.find_split(Path(settings.data), "val")
-    return train_set, data.CocoDetection(*val_split, classes=train_set.classes, train=False, **sizes)
+    folder = Path(settings.data)
+    sizes: dict[str, Any] = {"sizes": settings.sizes, "max_size": settings.max_size}
+    train_split, val_split = (data.find_split(folder, split) for split in ("train", "val"))
+    train_set = data.CocoDetection(
+        *train_split, train=True, flip=settings.flip, crop=settings.crop, seed=settings.seed, **sizes
+    )
+    return train_set, data.CocoDetection(*val_split, train=False, classes=train_set.classes, **sizes)
 
 
-def build_model(settings: Settings, num_classes: int, *, from_weights: bool, device: torch.device) -> nn.Module:
+def build_model(settings: Settings, num_classes: int, *, from_weights: bool, device: torch.device) -> SMCA:
     """The preset's model on its device, the same in every process; `from_weights` fetches those it starts from."""
     from . import build, weights
 
-    torch.manual_seed(derived_seed(settings.seed, 3))
+    torch.manual_seed(derived_seed(settings.seed, WEIGHTS))
     overrides = settings.model_overrides()
     model = build(settings.preset, num_classes, backend=settings.backend, **overrides)
     wanted = settings.pretrained_backbone
@@ -184,7 +189,7 @@ def build_model(settings: Settings, num_classes: int, *, from_weights: bool, dev
         # Process 0 fetches the file, the others find it in the cache.
         for turn in (True, False):
             if turn == (distributed.rank() == 0):
-                torch.manual_seed(derived_seed(settings.seed, 3))
+                torch.manual_seed(derived_seed(settings.seed, WEIGHTS))
                 model = build(
                     settings.preset, num_classes, backend=settings.backend, pretrained_backbone=True, **overrides
                 )
@@ -206,7 +211,7 @@ def tell(line: str) -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was stopped by a signal, and its checkpoint is written."""
+    """Training was stopped by a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -257,12 +262,12 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
         resume: go on from the checkpoint in `settings.out`.
 
     Returns:
-        The run's evaluations, as `read_metrics` has them.
+        The run's evaluations, as `read_metrics` has them; nothing in processes other than 0.
 
     Raises:
         ValueError: for settings, data or a checkpoint that don't fit; before any work.
         TrainingError: when a loss or gradient is not finite.
-        Stopped: on SIGINT or SIGTERM, after the checkpoint is written.
+        Stopped: on SIGINT or SIGTERM, after the checkpoint is written; on a second one at once.
     """
     with distributed.process_group() as device, StopSignals() as stop, _arithmetic(settings, device):
         out = Path(settings.out)
@@ -282,6 +287,13 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
         if distributed.rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             metrics = Metrics(out, trainer.step)
+            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            tell(
+                f"{settings.preset}, {parameters / 1e6:.1f} M trained parameters, on {distributed.world_size()} × "
+                f"{device.type}: {len(train_set)} images, {len(train_set.classes)} classes, {steps_per_epoch} steps an epoch"
+            )
+            if train_set.degenerate_boxes:
+                tell(f"{train_set.degenerate_boxes} boxes have no width or height and are left out")
 
         def save() -> None:
             if metrics is not None:
@@ -290,7 +302,7 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
                 )
 
         _train_epochs(trainer, train_set, val_set, metrics, save, stop)
-        return [line for line in read_metrics(out) if "AP" in line]
+        return [line for line in read_metrics(out) if "AP" in line] if metrics is not None else []
 
 
 def _train_epochs(
@@ -345,22 +357,32 @@ def _averaged(window: list[dict[str, float]], device: torch.device) -> dict[str,
 
 
 def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics | None, stop: StopSignals) -> None:
-    """COCO AP by process 0, after every eval_every-th epoch and the last; with it the weights, for use."""
+    """After every eval_every-th epoch and the last: the weights, and AP from each process's part of the images."""
     from . import weights
-    from .evaluate import evaluate
+    from .evaluate import average_precision, detect_all
 
-    settings = trainer.settings
+    settings, model = trainer.settings, trainer.trained_model
     epoch = trainer.step // trainer.steps_per_epoch
-    due = epoch == settings.epochs or (settings.eval_every and epoch % settings.eval_every == 0)
-    if metrics is not None and due:
-        weights.save(trainer.trained_model, Path(settings.out) / "model.safetensors", val_set.classes)
-        with stop.stopping_at_once():
-            numbers = evaluate(
-                trainer.trained_model, val_set, batch_size=settings.batch_size, device=trainer.device, progress=True
-            )
-        metrics.write("val", {"step": trainer.step, "seconds": trainer.seconds, "epoch": epoch, **numbers})
-        tell(f"epoch {epoch}: AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}")
-    distributed.barrier()
+    if epoch < settings.epochs and (settings.eval_every == 0 or epoch % settings.eval_every):
+        return
+    if metrics is not None:
+        weights.save(model, Path(settings.out) / "model.safetensors", val_set.classes)
+    mine: Any = Subset(val_set, range(distributed.rank(), len(val_set), distributed.world_size()))
+    mine.classes, mine.category_ids = val_set.classes, val_set.category_ids
+    with stop.stopping_at_once():
+        detections, _ = detect_all(
+            model,
+            mine,
+            batch_size=settings.batch_size,
+            device=trainer.device,
+            workers=settings.workers,
+            progress=metrics is not None,
+        )
+        detections = distributed.joined(detections)
+        if metrics is not None:
+            numbers, _ = average_precision(val_set.coco, detections)
+            metrics.write("val", {"step": trainer.step, "seconds": trainer.seconds, "epoch": epoch, **numbers})
+            tell(f"epoch {epoch}: AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}")
 
 
 def _step_images(settings: Settings) -> int:
@@ -412,7 +434,7 @@ def dry_run(settings: Settings) -> dict[str, float]:
     Returns:
         steps; seconds_per_step and loading_seconds_per_step (medians; loading is the part of it that waited for
         data); projected_hours of all steps, without evaluations; peak_bytes of a step, and largest_peak_bytes of
-        a batch of the largest images that the resizing allows, with 100 boxes each (on a CPU, of the whole process).
+        a batch of the largest images that resizing can give, with 100 boxes each (on a CPU, of the whole process).
     """
     with distributed.process_group() as device, _arithmetic(settings, device):
         train_set, _ = open_data(settings)
@@ -428,10 +450,11 @@ def dry_run(settings: Settings) -> dict[str, float]:
             stepping.append(time.perf_counter() - began)
             began = time.perf_counter()
         peak = _peak_bytes(device)
-        side = settings.max_side
+        height, width = largest_size(train_set)
         boxes = torch.full((100, 4), 0.5, device=device)
         target = {"boxes": boxes, "labels": torch.zeros(100, dtype=torch.int64), "image_id": "largest"}
-        largest = [torch.zeros(3, side, side)] * settings.batch_size, [target] * settings.batch_size
+        target |= {"dropped_boxes": 0}
+        largest = [torch.zeros(3, height, width)] * settings.batch_size, [target] * settings.batch_size
         trainer.train_step([largest] * settings.accumulate)
         seconds = statistics.median(stepping[DRY_WARM_UP:] or stepping)
         return {
@@ -442,6 +465,17 @@ def dry_run(settings: Settings) -> dict[str, float]:
             "peak_bytes": peak,
             "largest_peak_bytes": _peak_bytes(device),
         }
+
+
+def largest_size(dataset: CocoDetection) -> tuple[int, int]:
+    """(height, width) of the largest batch after resizing, which may hold the highest and the widest image."""
+    short = max(dataset.sizes)
+    scales = [min(short / min(size), dataset.max_size / max(size)) for size in dataset.orig_sizes]
+    height, width = (
+        max(round(size[axis] * scale) for size, scale in zip(dataset.orig_sizes, scales, strict=True))
+        for axis in (0, 1)
+    )
+    return height, width
 
 
 def format_dry_run(told: dict[str, float]) -> str:
@@ -479,11 +513,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if item.name == "pretrained_backbone" or isinstance(default, bool):
             argument["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            argument |= {"nargs": "+", "type": int if item.name == "short_sides" else str}
+            argument |= {"nargs": "+", "type": item.metadata.get("type", str)}
         else:
             argument["type"] = type(default)
         if default not in ("", (), None) and not isinstance(default, bool):
-            argument["help"] += f"; default: {default}"
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            argument["help"] += f"; default: {shown}"
         parser.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **argument)
 
 
@@ -501,17 +536,24 @@ def run(args: argparse.Namespace) -> int:
         settings = Settings(**given)
     if args.dry_run:
         told = dry_run(settings)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if distributed.rank() == 0:
             print(format_dry_run(told))
         return 0
     try:
-        evaluations = train(settings, resume=bool(args.resume))
+        train(settings, resume=bool(args.resume))
     except TrainingError as error:
         print(f"smca train: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(f"{stopped}: saved; go on with  smca train --resume {settings.out}", file=sys.stderr)
+        saved = (Path(settings.out) / "checkpoint.pt").exists()
+        advice = f"go on with  smca train --resume {settings.out}" if saved else "before the first checkpoint"
+        print(f"stopped by {stopped}; {advice}", file=sys.stderr)
         return stopped.status
-    best = evaluations[-1]
-    tell(f"AP {best['AP']:.3f}, AP50 {best['AP50']:.3f}; {settings.out}/model.safetensors")
+    tell(f"the weights are in {Path(settings.out) / 'model.safetensors'}")
     return 0
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    from smca_kernels.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
