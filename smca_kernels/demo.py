@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import replacing, write_text
+from .pictures import EXPLANATION, MEAN, POINT_COLOR, STD, QueryAttention, displayable, draw_heads, window
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,6 @@ QUERIES = QUERY_ROWS * QUERY_COLUMNS
 PHOTOGRAPHS = {"astronaut": (0.43, 0.24), "coffee": (0.47, 0.36)}
 SHORT_SIDE = {"cuda": 800, "cpu": 512}
 MAX_SIDE = 1333
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel
 DOWNLOAD_SECONDS = 45
 REPEATS = {"cuda": 50, "cpu": 5}
 SEED = 0
@@ -346,8 +346,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 # ---------------------------------------------------------------------------------------------------- picture
 
-POINT_COLOR, PRIOR_COLOR, HEAT = "#00e5ff", "#ffffff", "inferno"
-
 
 def draw(layer: SpatiallyModulatedCoAttention, scene: Scene, images: list[Tensor], footnote: str, path: Path) -> None:
     """Prior (ellipses) and attention (colour) of one query a photograph: a column a head, a row a scale."""
@@ -370,82 +368,25 @@ def draw(layer: SpatiallyModulatedCoAttention, scene: Scene, images: list[Tensor
     figure.supxlabel("\n" + footnote, fontsize=12, color="#333333")
     blocks = figure.subfigures(len(images), 1, hspace=0.04, squeeze=False)[:, 0]
     for b, (block, image, name) in enumerate(zip(blocks, images, PHOTOGRAPHS, strict=True)):
-        photograph = _displayable(image)
+        photograph = displayable(image)
         height, width = image.shape[-2:]
         here = points[chosen[b]] * torch.tensor([width, height])
         grid = block.add_gridspec(len(STRIDES), HEADS + 1, width_ratios=[3.4] + [1.0] * HEADS)
         left = block.add_subplot(grid[:, 0])
         left.imshow(photograph)
-        window = _window(here.tolist(), width, height)
-        corner, side = (window[0], window[2]), window[1] - window[0]
+        frame = window(here.tolist(), width, height)
+        corner, side = (frame[0], frame[2]), frame[1] - frame[0]
         left.add_patch(Rectangle(corner, side, side, fill=False, color=POINT_COLOR, linewidth=1.5))
         left.plot(*(points * torch.tensor([width, height])).T, ".", color="white", markersize=2.5, alpha=0.7)
         left.plot(*here, "*", color=POINT_COLOR, markersize=22, markeredgecolor="black")
         left.set_title(f"{name}, {width} × {height} px; the panels show the frame", fontsize=13)
         left.set_axis_off()
-        for s, stride in enumerate(STRIDES):
-            rows, columns = scene.valid_shapes[b, s].tolist()
-            maps = attention[s][b, :, b, :rows, :columns].cpu()  # [H, rows, columns]
-            row = [block.add_subplot(grid[s, h + 1]) for h in range(HEADS)]
-            for h, axes in enumerate(row):
-                heat = _draw_attention(axes, photograph, maps[h], float(maps.max()), stride)
-                center = prior.center[b, h, chosen[b], s].cpu() * stride
-                sigma = stride / (2 * prior.precision[b, h, chosen[b], s].cpu()).sqrt()
-                _draw_prior(axes, tuple(center.tolist()), tuple(sigma.tolist()))
-                axes.plot(*here, "*", color=POINT_COLOR, markersize=9, markeredgecolor="black", markeredgewidth=0.6)
-                axes.set(xlim=window[:2], ylim=window[:1:-1], xticks=[], yticks=[])
-                if s == 0:
-                    axes.set_title(f"head {h + 1}", fontsize=12)
-            assert prior.scale_weights is not None
-            weight = prior.scale_weights[b, 0, chosen[b], s].item()
-            row[0].set_ylabel(f"stride {stride}\n{rows} × {columns} cells\nweight {weight:.2f}", fontsize=11)
-            bar = block.colorbar(heat, ax=row, pad=0.01, aspect=12)
-            bar.set_label("attention P", fontsize=10)
+        cells = [attention[s][b, :, b, :rows, :columns] for s, (rows, columns) in enumerate(scene.valid_shapes[b])]
+        query = QueryAttention.of(cells, prior, b, chosen[b], STRIDES)
+        draw_heads(block, grid, photograph, query, tuple(here.tolist()), frame)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     pyplot.close(figure)
-
-
-def _window(point: list[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """A square around a point, inside the image, as (left, right, top, bottom)."""
-    side = 0.8 * min(width, height)
-    left = min(max(point[0] - side / 2, 0), width - side)
-    top = min(max(point[1] - side / 2, 0), height - side)
-    return left, left + side, top, top + side
-
-
-def _displayable(image: Tensor) -> Any:
-    """A normalised image [3, h, w] as an array [h, w, 3] of 0…1."""
-    import torch
-
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    return (image.cpu() * std + mean).clamp(0, 1).movedim(0, -1).numpy()
-
-
-def _draw_attention(axes: Any, photograph: Any, attention: Tensor, largest: float, stride: int) -> Any:
-    """Attention [rows, columns] in colour over a grey photograph; cell (x, y) is at pixel stride · (x, y)."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import PowerNorm
-
-    rows, columns = attention.shape
-    axes.imshow(photograph.mean(-1) * 0.75, cmap="gray", vmin=0, vmax=1)
-    edges = (-0.5 * stride, (columns - 0.5) * stride, (rows - 0.5) * stride, -0.5 * stride)
-    # On a linear scale a wide prior would be invisible beside a narrow one.
-    shade = PowerNorm(0.5, vmin=0, vmax=largest)
-    opacity = (attention / largest).sqrt().clamp(0, 0.9).numpy()
-    axes.imshow(attention.numpy(), cmap=HEAT, norm=shade, alpha=opacity, extent=edges)
-    # The overlay carries its opacity along; the colour bar must not.
-    return ScalarMappable(shade, HEAT)
-
-
-def _draw_prior(axes: Any, center: tuple[float, float], sigma: tuple[float, float]) -> None:
-    """The prior's contours at one and two standard deviations, all in pixels."""
-    from matplotlib.patches import Ellipse
-
-    for deviations, style in ((1, "-"), (2, "--")):
-        width, height = (2 * deviations * s for s in sigma)
-        axes.add_patch(Ellipse(center, width, height, fill=False, color=PRIOR_COLOR, linestyle=style))
-    axes.plot(*center, "+", color=PRIOR_COLOR, markersize=6)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -553,9 +494,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _footnote(weights: str) -> str:
-    return (
-        "Star: the query's reference point. Ellipses: its prior at one and two standard deviations, "
-        "around the centre (+) that each head shifts for itself.\n"
-        "Colour: attention P over the cells of one scale, where it sums to 1. "
-        f"Weight: of the scale, for this query. The layer is untrained, on {weights.split(':')[0]}."
-    )
+    return f"{EXPLANATION} The layer is untrained, on {weights.split(':')[0]}."

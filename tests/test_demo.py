@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smca_kernels import demo
+from smca_kernels import demo, pictures
 from smca_kernels.parity import Comparison
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_photographs_are_normalised_and_shown_as_they_were() -> None:
     (image,) = demo.load_photographs(["astronaut"], 512)
     assert image.mean().abs() < 1.0
     torch.testing.assert_close(
-        torch.from_numpy(demo._displayable(image)), torch.from_numpy(data.astronaut() / 255.0).float()
+        torch.from_numpy(pictures.displayable(image)), torch.from_numpy(data.astronaut() / 255.0).float()
     )
 
 
