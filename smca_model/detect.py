@@ -1,0 +1,330 @@
+"""`smca detect`: boxes in images as JSON and as pictures, and the attention that found them (Figure 3 of the paper)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smca_kernels.files import replacing, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from smca_kernels.layers import SpatialPriorOutput
+
+    from .detector import SMCA
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+SHORT_SIDE_OF_PICTURES = 640  # smaller images are enlarged, for the names to be legible
+
+
+def detect(
+    model: SMCA, images: Sequence[Tensor], *, size: int = 800, max_size: int = 1333, threshold: float = 0.5
+) -> list[dict[str, Tensor]]:
+    """Objects in images of any sizes, all in one batch.
+
+    Args:
+        model: in evaluation mode; images are moved to its device.
+        images: uint8 [3, height, width] each, RGB, as `data.load_image` gives them.
+        size: pixels of the short side that images are resized to; that of the model's training does best.
+        max_size: most pixels of the longest side then.
+        threshold: least score.
+
+    Returns:
+        For each image scores [k] in descending order, labels [k] and boxes [k, 4] on the CPU: (x1, y1, x2, y2) in
+        pixels of the image as given.
+    """
+    import torch
+
+    from .detector import postprocess
+
+    with torch.no_grad():
+        outputs = model(_inputs(model, images, size, max_size))
+    found = postprocess(outputs, [(image.shape[1], image.shape[2]) for image in images])
+    return [{n: t[each["scores"] >= threshold].cpu() for n, t in each.items()} for each in found]
+
+
+def _inputs(model: SMCA, images: Sequence[Tensor], size: int, max_size: int) -> list[Tensor]:
+    from .data import normalize, resize
+
+    device = next(model.parameters()).device
+    return [normalize(resize(image, size, max_size)).to(device) for image in images]
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Tensor:
+    """An image with its detections as boxes with names and scores, uint8 [3, H, W]; a small image is enlarged.
+
+    Args:
+        image: uint8 [3, height, width].
+        found: of `detect`.
+        classes: name of each label.
+    """
+    import matplotlib
+    from matplotlib.font_manager import findfont
+    from torchvision.transforms.v2 import functional as transforms
+    from torchvision.utils import draw_bounding_boxes
+
+    factor = max(1, round(SHORT_SIDE_OF_PICTURES / min(image.shape[1:])))
+    height, width = (factor * side for side in image.shape[1:])
+    image = transforms.resize(image, [height, width])
+    if not len(found["boxes"]):
+        return image
+    labels = found["labels"].tolist()
+    # The darker half of tab20, so that white letters can be read on it.
+    shades = [matplotlib.colormaps["tab20"](2 * i / 20)[:3] for i in range(10)]
+    palette = [tuple(round(255 * part) for part in shade) for shade in shades]
+    drawn: Tensor = draw_bounding_boxes(
+        image,
+        found["boxes"] * factor,
+        [f"{classes[label]} {score:.2f}" for label, score in zip(labels, found["scores"].tolist(), strict=True)],
+        colors=[palette[label % len(palette)] for label in labels],
+        width=max(2, min(height, width) // 200),
+        font=findfont("DejaVu Sans"),
+        font_size=max(12, min(height, width) // 30),
+        label_colors="white",
+        fill_labels=True,
+    )
+    return drawn
+
+
+def attention_of(
+    model: SMCA, image: Tensor, *, queries: Sequence[int], layer: int = -1
+) -> tuple[list[Tensor], SpatialPriorOutput]:
+    """What chosen queries attend to in one image, and the prior that they attend under.
+
+    Args:
+        model: in evaluation mode.
+        image: normalised, [3, height, width], on the model's device.
+        queries: indices of the n queries wanted.
+        layer: of the decoder, counted from 0, or from the end where negative.
+
+    Returns:
+        For each scale [H, n, rows, columns], which sums to 1 over the grid; and the prior of all queries.
+
+    Raises:
+        ValueError: for a layer that the model doesn't have.
+    """
+    import torch
+
+    layers: Any = model.decoder.layers
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"layer must be in -{len(layers)} … {len(layers) - 1}, got {layer}")
+    seen: dict[str, Any] = {}
+
+    def keep(module: Any, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+        query, key, _, spatial_shapes = arguments
+        placement = {name: value for name, value in keywords.items() if name != "backend"}
+        seen["maps"] = module.attention_map(query, key, spatial_shapes, queries=list(queries), **placement)
+        seen["prior"] = output[1]
+
+    hook = layers[layer].co_attn.register_forward_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model([image])
+    finally:
+        hook.remove()
+    return [maps[0] for maps in seen["maps"]], seen["prior"]
+
+
+def best_queries(model: SMCA, image: Tensor, count: int) -> list[int]:
+    """The queries of an image (normalised, on the model's device) with the highest score of any class."""
+    import torch
+
+    with torch.no_grad():
+        scores = model([image])["pred_logits"][0].amax(-1)
+    best: list[int] = scores.topk(min(count, len(scores))).indices.tolist()
+    return best
+
+
+def draw_attention(
+    model: SMCA,
+    image: Tensor,
+    classes: Sequence[str],
+    path: Path,
+    *,
+    queries: Sequence[int],
+    layer: int = -1,
+) -> None:
+    """A picture file of prior and co-attention of chosen queries in one image, per head and scale.
+
+    Args:
+        model, queries, layer: as `attention_of`.
+        image: normalised, [3, height, width], on the model's device.
+        classes: name of each label.
+        path: PNG file to write or replace.
+    """
+    import matplotlib
+    import torch
+    from torchvision.ops import box_convert
+
+    from smca_kernels.pictures import EXPLANATION, POINT_COLOR, QueryAttention, displayable, draw_heads
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
+
+    height, width = image.shape[1:]
+    maps, prior = attention_of(model, image, queries=queries, layer=layer)
+    with torch.no_grad():
+        outputs = model([image])
+    boxes = box_convert(outputs["pred_boxes"][0], "cxcywh", "xyxy").cpu() * torch.tensor([width, height] * 2)
+    scores, labels = outputs["pred_logits"][0].sigmoid().cpu().max(-1)
+    photograph, strides, heads = displayable(image), model.config.strides, len(maps[0])
+    frame = (-0.5, width - 0.5, -0.5, height - 0.5)
+    row = max(2.6, 1.9 * len(strides))
+    figure = pyplot.figure(figsize=(3.4 + 2.1 * heads, row * len(queries) + 1.0), dpi=100, layout="constrained")
+    figure.suptitle(f"SMCA co-attention of decoder layer {range(len(model.decoder.layers))[layer] + 1}", weight="bold")
+    figure.supxlabel("\n" + EXPLANATION.replace(". ", ".\n"), fontsize=9, color="#333333")
+    blocks = figure.subfigures(len(queries), 1, squeeze=False)[:, 0]
+    for n, (block, query) in enumerate(zip(blocks, queries, strict=True)):
+        grid = block.add_gridspec(len(strides), heads + 1, width_ratios=[1.5] + [1.0] * heads)
+        left = block.add_subplot(grid[:, 0])
+        left.imshow(photograph)
+        x1, y1, x2, y2 = boxes[query].tolist()
+        left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=POINT_COLOR, linewidth=2))
+        point = (prior.reference_logits[0, query].sigmoid().cpu() * torch.tensor([width, height])).tolist()
+        left.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
+        left.set(xlim=frame[:2], ylim=frame[:1:-1], xticks=[], yticks=[])
+        left.set_title(f"query {query}: {classes[labels[query]]} {scores[query]:.2f}", fontsize=11)
+        attention = QueryAttention.of([scale[:, n] for scale in maps], prior, 0, query, strides)
+        draw_heads(block, grid, photograph, attention, (point[0], point[1]), frame)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `smca detect`."""
+    parser.description = (
+        "Find objects in images: detections.json, and for each image NAME_boxes.png and, with --attention, "
+        "NAME_attention.png."
+    )
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    add("--weights", type=Path, required=True, metavar="FILE", help="the detector, as `smca train` writes it")
+    add("--out", type=Path, default=Path("detections"), metavar="DIR", help="default: %(default)s")
+    add("--threshold", type=float, default=0.5, metavar="SCORE", help="least score shown; default: %(default)s")
+    add("--size", type=int, default=800, metavar="PX", help="short side of the images; default: %(default)s, as COCO's")
+    add("--max-size", type=int, default=1333, metavar="PX", help="most of the longest side; default: %(default)s")
+    add("--batch-size", type=int, default=4, metavar="N", help="images at once; default: %(default)s")
+    add("--device", metavar="NAME", help="such as cuda or cpu; default: a GPU if there is one")
+    add("--attention", action="store_true", help="draw prior and co-attention of queries, per head and scale")
+    add("--queries", type=int, nargs="+", metavar="N", help="which; default: the three that are surest")
+    add("--layer", type=int, default=-1, metavar="N", help="decoder layer, from 0 or from the end; default: the last")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`smca detect`: exit status 0; 2 if it can't start."""
+    wanted = ("matplotlib", "safetensors", "torchvision", "tqdm")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"smca detect needs {', '.join(missing)}: pip install 'smca_kernels[model,demo]'", file=sys.stderr)
+        return 2
+    for name in ("size", "max_size", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    files = _files(args.images)
+    from torchvision.io import write_png
+    from tqdm import tqdm
+
+    from . import weights
+    from .data import load_image
+
+    device = _device(args.device)
+    model = weights.load(args.weights).to(device)
+    classes = model.classes or ()
+    queries, layers = model.config.num_queries, model.config.decoder_layers
+    if not -layers <= args.layer < layers:
+        raise ValueError(f"--layer must be in -{layers} … {layers - 1}, got {args.layer}")
+    if not all(0 <= query < queries for query in args.queries or ()):
+        raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
+    report: list[dict[str, Any]] = []
+    counted: list[tuple[int, float]] = []
+    for batch in tqdm(list(_batches(files, args.batch_size)), desc="detection", unit="batch"):
+        images = [load_image(file) for file in batch]
+        began = time.perf_counter()
+        results = detect(model, images, size=args.size, max_size=args.max_size, threshold=args.threshold)
+        counted.append((len(batch), time.perf_counter() - began))
+        for file, image, found in zip(batch, images, results, strict=True):
+            height, width = image.shape[1:]
+            records = as_records(found, classes)
+            report.append({"image": str(file), "width": width, "height": height, "detections": records})
+            with replacing(args.out / f"{file.stem}_boxes.png") as temporary:
+                write_png(draw_boxes(image, found, classes), str(temporary))
+            if args.attention:
+                (resized,) = _inputs(model, [image], args.size, args.max_size)
+                chosen = args.queries or best_queries(model, resized, 3)
+                path = args.out / f"{file.stem}_attention.png"
+                draw_attention(model, resized, classes, path, queries=chosen, layer=args.layer)
+    write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
+    counted = counted[1:] or counted  # the first batch warms up
+    speed = sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
+    objects = sum(len(each["detections"]) for each in report)
+    print(
+        f"{objects} objects of score {args.threshold:g} or more in {len(files)} images, in {args.out}; "
+        f"{speed:.1f} images per second on {device}, reading and drawing aside"
+    )
+    return 0
+
+
+def as_records(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Detections of one image as JSON holds them: class, score, and box [x1, y1, x2, y2] in pixels."""
+    columns = (found[name].tolist() for name in ("labels", "scores", "boxes"))
+    return [
+        {"class": classes[label], "score": round(score, 4), "box": [round(side, 1) for side in box]}
+        for label, score, box in zip(*columns, strict=True)
+    ]
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """The image files that paths name, folders replaced by the images in them."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise ValueError(f"a folder must have images in it ({', '.join(sorted(SUFFIXES))}), {path} has none")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"images must be files or folders, there is no {path}")
+    names: dict[str, Path] = {}
+    for file in files:
+        if file.stem in names:
+            raise ValueError(f"images must differ in name without suffix, got {names[file.stem]} and {file}")
+        names[file.stem] = file
+    return files
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one of this machine, got {name} ({error})") from None
+    return device
+
+
+def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
+    for start in range(0, len(files), size):
+        yield files[start : start + size]
