@@ -290,7 +290,8 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
             tell(
                 f"{settings.preset}, {parameters / 1e6:.1f} M trained parameters, on {distributed.world_size()} × "
-                f"{device.type}: {len(train_set)} images, {len(train_set.classes)} classes, {steps_per_epoch} steps an epoch"
+                f"{device.type}; {len(train_set)} images, {len(train_set.classes)} classes, {steps_per_epoch} steps "
+                "an epoch"
             )
             if train_set.degenerate_boxes:
                 tell(f"{train_set.degenerate_boxes} boxes have no width or height and are left out")
