@@ -213,7 +213,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             raise DataError(f"image {path} must be of the size in {self.annotations}, {wanted}, got {got}")
         here = slice(int(self._starts[index]), int(self._starts[index + 1]))
         boxes = tv_tensors.BoundingBoxes(self._boxes[here].clone(), format="XYXY", canvas_size=orig_size)
-        boxes = transforms.clamp_bounding_boxes(boxes)
         if self.train:
             entropy = np.random.SeedSequence((self.seed, int(self._epoch), index)).generate_state(1, np.uint64)
             image, boxes = self._augment(image, boxes, torch.Generator().manual_seed(int(entropy[0])))

@@ -211,6 +211,27 @@ def test_boxes_of_less_than_a_pixel_after_the_resize_are_dropped_and_counted(tmp
     assert target["dropped_boxes"] == 1
 
 
+def test_a_box_of_the_whole_image_survives_the_rounding_of_a_resize(tmp_path: Path) -> None:
+    # Its right edge comes to 214.00002 of 214 pixels.
+    paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, 83, 31])], sizes={1: (31, 83)})
+    _, target = validation(paths, sizes=(80,))[0]
+    assert target["size"] == (80, 214)
+    assert target["boxes"].tolist() == [[0.5, 0.5, 1.0, 1.0]]
+
+
+def test_a_panorama_is_cropped_at_full_height(tmp_path: Path) -> None:
+    paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, 800, 80])], sizes={1: (80, 800)}, split="train")
+    dataset = CocoDetection(*paths, train=True, sizes=(80,), max_size=120)
+    shapes = set()
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        shapes.add(dataset[0][1]["size"])
+    # Uncropped it is limited to 120 pixels; crops have sides of 38 to 60, the height 40 at least in the image.
+    assert (12, 120) in shapes
+    assert len(shapes) > 5
+    assert all(min(shape) >= 38 / 60 * max(shape) - 1 for shape in shapes - {(12, 120)})
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     paths = write_squares(tmp_path)
 

@@ -70,6 +70,16 @@ def test_no_scan_is_in_both_splits_and_none_is_left_out() -> None:
     assert len(splits[1]) == round(digits.HELD_OUT * 1797)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_scans_say_what_scikit_learn_says(split: str) -> None:
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    says = dict(zip((scan.tobytes() for scan in source.images), source.target, strict=True))
+    scans, said, _ = digits.load_sources(split, 5)
+    assert [says[(16 * scan.astype(float)).tobytes()] for scan in scans] == said.tolist()
+
+
 def test_no_part_of_a_photograph_is_in_both_splits() -> None:
     import skimage.data
 
@@ -138,7 +148,8 @@ def test_a_scene_does_not_depend_on_how_many_there_are(folder: Path, tmp_path: P
 def test_sizes_scale_the_digits(tmp_path: Path) -> None:
     out = make(tmp_path / "large", size=192, train=4, val=1)
     data = json.loads((out / "annotations" / "train.json").read_text())
-    assert Image.open(out / "train" / data["images"][0]["file_name"]).size == (192, 192)
+    with Image.open(out / "train" / data["images"][0]["file_name"]) as scene:
+        assert scene.size == (192, 192)
     heights = [annotation["bbox"][3] for annotation in data["annotations"]]
     assert 16 < min(heights) <= max(heights) <= 80
 
@@ -158,6 +169,19 @@ def test_it_says_that_digits_are_real_and_placement_is_not(
     with pytest.raises(SystemExit):
         parser.parse_args(["digits", "--help"])
     assert "Real digits, synthetic placement" in capsys.readouterr().out
+
+
+def test_the_folder_has_its_name_only_once_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, seen = digits.make_scene, []
+
+    def watched(*args: Any) -> Any:
+        seen.append((tmp_path / "set").exists())
+        return whole(*args)
+
+    monkeypatch.setattr(digits, "make_scene", watched)
+    make(tmp_path / "set")
+    assert seen == [False] * (TRAIN + VAL)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

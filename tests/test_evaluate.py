@@ -226,6 +226,7 @@ def test_smca_eval_prints_the_twelve_numbers_and_writes_them(
     detections = json.loads(found.read_text())
     assert len(detections) == 3 * 5 * 2  # every query and class
     assert {detection["category_id"] for detection in detections} == {3, 7}
+    assert all(set(detection) == {"image_id", "category_id", "bbox", "score"} for detection in detections)
 
 
 def test_smca_eval_refuses_weights_of_other_classes(tmp_path: Path, weights_file: Path) -> None:

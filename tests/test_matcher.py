@@ -88,6 +88,13 @@ def test_nothing_is_matched_where_there_is_no_target() -> None:
         assert len(queries) == len(chosen) == 0
 
 
+def test_a_predicted_box_without_area_has_a_cost() -> None:
+    boxes = random_boxes(2, 5)
+    boxes[1] = 0  # as a sigmoid gives it that has underflown
+    matches = match(torch.randn(2, 5, 3), boxes, random_targets([4, 1], 3))
+    assert [len(queries) for queries, _ in matches] == [4, 1]
+
+
 def test_half_precision_predictions_are_matched_as_the_same_numbers_in_float32() -> None:
     logits, boxes, targets = torch.randn(2, 6, 3).bfloat16(), random_boxes(2, 6).bfloat16(), random_targets([3, 4], 3)
     for half, single in zip(match(logits, boxes, targets), match(logits.float(), boxes.float(), targets), strict=True):
