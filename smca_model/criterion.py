@@ -6,6 +6,7 @@ experiments.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,20 +64,22 @@ class Criterion:
         logits = torch.stack([layer["pred_logits"].float() for layer in layers])  # [L, B, N, C]
         boxes = torch.stack([layer["pred_boxes"].float() for layer in layers])  # [L, B, N, 4]
         self._check(logits, targets)
+        labels, wanted = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
         matches = match(logits.flatten(0, 1), boxes.flatten(0, 1), [*targets] * len(layers))
-        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(matches)]).to(logits.device)
-        query = torch.cat([query for query, _ in matches]).to(logits.device)
-        matched = [(target, chosen) for target, (_, chosen) in zip([*targets] * len(layers), matches, strict=True)]
-        wanted_labels = torch.cat([target["labels"][chosen.to(target["labels"].device)] for target, chosen in matched])
-        wanted_boxes = torch.cat([target["boxes"][chosen.to(target["boxes"].device)] for target, chosen in matched])
+        starts = [0, *itertools.accumulate(len(target["labels"]) for target in targets)]
+        pairs = [  # image of all layers' images, query of it, target of all targets
+            torch.stack([torch.full_like(queries, i), queries, starts[i % len(targets)] + chosen])
+            for i, (queries, chosen) in enumerate(matches)
+        ]
+        image, query, target = torch.cat(pairs, 1).to(logits.device)
         count = self._average_boxes(targets, logits.device)
 
         one_hot = torch.zeros_like(logits)
-        one_hot.flatten(0, 1)[image, query, wanted_labels] = 1
+        one_hot.flatten(0, 1)[image, query, labels[target]] = 1
         focal = sigmoid_focal_loss(logits, one_hot, FOCAL_ALPHA, FOCAL_GAMMA)
-        predicted = boxes.flatten(0, 1)[image, query]
-        l1 = F.l1_loss(predicted, wanted_boxes.float(), reduction="none")
-        giou = generalized_box_iou_loss(*(box_convert(b, "cxcywh", "xyxy") for b in (predicted, wanted_boxes.float())))
+        predicted, wanted = boxes.flatten(0, 1)[image, query], wanted.float()[target]
+        l1 = F.l1_loss(predicted, wanted, reduction="none")
+        giou = generalized_box_iou_loss(*(box_convert(each, "cxcywh", "xyxy") for each in (predicted, wanted)))
         # Every layer has the same number of matches, so the pairs divide evenly.
         totals = {"loss_ce": focal, "loss_bbox": l1, "loss_giou": giou}
         names = [f"_{layer}" for layer in range(len(layers) - 1)] + [""]

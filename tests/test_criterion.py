@@ -79,14 +79,15 @@ def test_every_auxiliary_layer_has_the_losses_it_would_have_alone() -> None:
 
 
 def test_without_targets_every_query_is_background_and_boxes_stay_in_the_graph() -> None:
-    outputs = random_layer(2)
-    losses = build_criterion(CLASSES)(outputs, random_targets([0, 0]))
+    outputs, aux = random_layer(2), random_layer(2)
+    losses = build_criterion(CLASSES)({**outputs, "aux_outputs": [aux]}, random_targets([0, 0]))
     background = ops.sigmoid_focal_loss(outputs["pred_logits"], torch.zeros(2, QUERIES, CLASSES), reduction="sum")
     torch.testing.assert_close(losses["loss_ce"], 2 * background)
     assert losses["loss_bbox"].item() == losses["loss_giou"].item() == 0
     torch.stack(list(losses.values())).sum().backward()
-    assert torch.equal(outputs["pred_boxes"].grad, torch.zeros(2, QUERIES, 4))
-    assert outputs["pred_logits"].grad.all()
+    for layer in (outputs, aux):
+        assert torch.equal(layer["pred_boxes"].grad, torch.zeros(2, QUERIES, 4))
+        assert layer["pred_logits"].grad.all()
 
 
 def test_of_more_targets_than_queries_each_query_learns_one_and_all_are_counted() -> None:
@@ -135,9 +136,10 @@ def test_outputs_of_another_number_of_classes_are_refused() -> None:
         build_criterion(5)(random_layer(1), random_targets([1]))
 
 
-def test_another_number_of_targets_than_images_is_refused() -> None:
-    with pytest.raises(ValueError, match="targets must be one dict an image, B=2, got 1"):
-        build_criterion(CLASSES)(random_layer(2), random_targets([1]))
+@pytest.mark.parametrize("counts", [[], [1]])
+def test_another_number_of_targets_than_images_is_refused(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"targets must be one dict an image, B=2, got {len(counts)}"):
+        build_criterion(CLASSES)(random_layer(2), random_targets(counts))
 
 
 @pytest.mark.parametrize("label", [-1, CLASSES])
