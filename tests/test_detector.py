@@ -10,7 +10,7 @@ import torch
 from tiny_detector import MULTI, SINGLE, tiny_detector
 
 from smca_kernels.parity import assert_within_budget
-from smca_model import build, postprocess
+from smca_model import build, build_criterion, postprocess
 
 OUTPUTS = ("pred_logits", "pred_boxes")
 both = pytest.mark.parametrize("preset", [SINGLE, MULTI])
@@ -105,6 +105,44 @@ def test_another_backend_changes_the_outputs_within_the_error_budget(preset, bac
     for i, (ours, true, plain) in enumerate(zip(layers(actual), layers(oracle), layers(eager), strict=True)):
         for name in OUTPUTS:
             assert_within_budget(ours[name], true[name], plain[name], f"{name} of layer {i}")
+
+
+def loss_curve(model, features, targets, steps=20):
+    """Losses of AdamW steps on the same maps, from the model as it is."""
+    model = copy.deepcopy(model).train()
+    criterion = build_criterion(model.config.num_classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        loss = sum(criterion(model.detect({8: features}, [(24, 40), (32, 24)]), targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_training_with_another_backend_follows_the_same_loss_curve(backend, device):
+    # One head and one layer: Triton's interpreter takes its time.
+    model = tiny_detector(num_heads=1, decoder_layers=1, dropout=0.0).to(device)
+    features = torch.randn(2, 128, 4, 5, device=device)
+    targets = [
+        {"boxes": torch.rand(count, 4, device=device) * 0.5 + 0.25, "labels": torch.arange(count, device=device)}
+        for count in (3, 1)
+    ]
+    double_targets = [{"boxes": target["boxes"].double(), "labels": target["labels"]} for target in targets]
+
+    model.backend = "reference"
+    oracle = loss_curve(copy.deepcopy(model).double(), features.double(), double_targets)
+    eager = loss_curve(model, features, targets)
+    # Rounding grows over the steps, by chance: eager's error is the largest over neighbouring inputs.
+    neighbours = [loss_curve(model, features * (1 + sign * 2**-23), targets) for sign in (-1, 1)]
+    eager_error = max((curve - oracle).abs().max().item() for curve in neighbours)
+    model.backend = backend
+
+    assert oracle[-1] < oracle[0]
+    assert_within_budget(loss_curve(model, features, targets), oracle, eager, eager_error=eager_error)
 
 
 @pytest.mark.parametrize("modulation", ["per_head", "shared"])

@@ -1,0 +1,21 @@
+"""A detector small enough for tests, with every output depending on every input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from smca_model import SMCA, build
+
+SINGLE, MULTI = "smca-tiny", "smca-ms-tiny"
+
+
+def tiny_detector(preset: str = SINGLE, **overrides: Any) -> SMCA:
+    """In evaluation mode; every parameter is off its initial value, since the box head's is 0."""
+    sizes = {"hidden_dim": 32, "num_heads": 2, "ffn_dim": 48, "decoder_layers": 2, "num_queries": 7}
+    model = build(preset, 5, **(sizes | overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
