@@ -15,7 +15,12 @@ from . import __version__
 
 # name: (module, what it does)
 COMMANDS = {
-    "demo": ("smca_kernels.demo", "the layer on two photographs: parity, time, memory and a picture"),
+    "demo": ("smca_model.demo", "the layer on two photographs, and a detector trained on digits in minutes"),
+    "train": ("smca_model.train", "train a detector on data in COCO's format"),
+    "eval": ("smca_model.evaluate", "COCO's average precision of trained weights"),
+    "detect": ("smca_model.detect", "boxes in images, drawn, with the attention behind them"),
+    "presets": ("smca_model.presets", "the models of the paper: parameters and GFLOPs"),
+    "data": ("smca_model.digits", "make a small data set of real digits"),
     "parity": ("smca_kernels.parity", "check every backend here against PyTorch in float64"),
     "cost": ("smca_kernels.static_cost", "compile the kernels without a GPU and count their instructions"),
     "bench": ("benchmarks.bench_attention", "time and memory of every backend here against naive PyTorch"),

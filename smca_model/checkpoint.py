@@ -34,7 +34,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} can't be read as a checkpoint ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise ValueError(f"{path} can't be read as a checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} must be a training checkpoint of format {FORMAT}, got {found}")

@@ -97,6 +97,14 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
     return drawn
 
 
+def write_picture(image: Tensor, path: Path) -> None:
+    """Write or replace a PNG file by an image, uint8 [3, H, W]."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    with replacing(path) as temporary:
+        transforms.to_pil_image(image).save(temporary, format="PNG")
+
+
 def attention_of(
     model: SMCA, image: Tensor, *, queries: Sequence[int], layer: int = -1
 ) -> tuple[list[Tensor], SpatialPriorOutput]:
@@ -237,7 +245,6 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     files = _files(args.images)
-    from torchvision.io import write_png
     from tqdm import tqdm
 
     from . import weights
@@ -266,8 +273,7 @@ def run(args: argparse.Namespace) -> int:
             height, width = image.shape[1:]
             records = as_records(found, classes)
             report.append({"image": str(file), "width": width, "height": height, "detections": records})
-            with replacing(args.out / f"{file.stem}_boxes.png") as temporary:
-                write_png(draw_boxes(image, found, classes), str(temporary))
+            write_picture(draw_boxes(image, found, classes), args.out / f"{file.stem}_boxes.png")
             if args.attention:
                 (resized,) = _inputs(model, [image], args.size, args.max_size)
                 chosen = args.queries or best_queries(model, resized, 3)

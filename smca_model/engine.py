@@ -180,18 +180,19 @@ class Trainer:
                 report[name] = report.get(name, 0.0) + value * weight
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # GradScaler leaves a step with overflown gradients out and halves its scale, which helps down to 1.
         if not self.scaler.is_enabled() or self.scaler.get_scale() < 1.0:
             ids = [target["image_id"] for _, targets in micro_batches for target in targets]
-            check_gradients(self.model, norm, self.step, ids)
+            check_gradients(self.model, float(norm), self.step, ids)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.step += 1
         dropped = sum(target["dropped_boxes"] for _, targets in micro_batches for target in targets)
-        rates = {"grad_norm": norm, "lr": self.settings.lr * factor, "dropped_boxes": dropped}
+        rates = {"grad_norm": float(norm), "lr": self.settings.lr * factor, "dropped_boxes": dropped}
         return {"loss": sum(report.values()), **report, **rates}
 
     def _losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from torch.utils.data import Subset
 
 from smca_kernels.files import write_text
 
-from . import checkpoint, distributed
+from . import build, checkpoint, distributed
 from .engine import WEIGHTS, Trainer, TrainingError, derived_seed, epoch_batches
 
 if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
@@ -179,7 +179,7 @@ def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
 
 def build_model(settings: Settings, num_classes: int, *, from_weights: bool, device: torch.device) -> SMCA:
     """The preset's model on its device, the same in every process; `from_weights` fetches those it starts from."""
-    from . import build, weights
+    from . import weights
 
     torch.manual_seed(derived_seed(settings.seed, WEIGHTS))
     overrides = settings.model_overrides()
@@ -330,9 +330,9 @@ def _train_epochs(
             began = time.perf_counter()
             for micro_batches in epoch_batches(train_set, trainer):
                 window.append(trainer.train_step(micro_batches))
-                trainer.seconds += time.perf_counter() - began
-                window[-1]["seconds_per_step"] = time.perf_counter() - began
-                began = time.perf_counter()
+                began, took = time.perf_counter(), time.perf_counter() - began
+                trainer.seconds += took
+                window[-1]["seconds_per_step"] = took
                 bar.update()
                 if trainer.step % settings.log_every == 0 or trainer.step % per_epoch == 0:
                     line = _averaged(window, trainer.device)

@@ -1,0 +1,197 @@
+"""`smca demo`: the operator's demo (smca_kernels/demo.py), then a small detector trained on digits before your eyes.
+
+Real digits, synthetic placement (digits.py): scenes are made, `smca-tiny` learns them, AP is computed on held-out
+scenes, and detections and attention are drawn. With --compare, `detr-tiny`, the same without the spatial prior,
+trains beside it for as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smca_kernels import demo as operator_demo
+from smca_kernels.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from .train import Settings
+
+SIZE = 96
+TRAIN_SCENES, VAL_SCENES = 4000, 300
+SHOWN, SHOWN_IN_A_ROW = 12, 4
+WITH_ATTENTION = 2
+SCORE = 0.5
+# Chosen on a CPU with two cores, for five minutes there. A GPU takes larger steps, because its time hardly grows with
+# them.
+TRAINING: dict[str, dict[str, Any]] = {
+    "cpu": {"batch_size": 16, "epochs": 6, "lr_drop": 5, "lr": 5e-4, "lr_backbone": 5e-4, "warmup_steps": 100},
+    "cuda": {"batch_size": 32, "epochs": 12, "lr_drop": 10, "lr": 7e-4, "lr_backbone": 7e-4, "warmup_steps": 100},
+}
+
+
+def settings_for(preset: str, data: Path, out: Path, device: str, seed: int, epochs: int | None = None) -> Settings:
+    """The demo's training of a preset; other numbers of epochs drop the learning rate at the same part of them."""
+    from .train import Settings
+
+    chosen = dict(TRAINING[device])
+    if epochs is not None:
+        chosen |= {"lr_drop": round(epochs * chosen["lr_drop"] / chosen["epochs"]), "epochs": epochs}
+    return Settings(
+        data=str(data),
+        out=str(out),
+        preset=preset,
+        sizes=(SIZE,),
+        max_size=2 * SIZE,
+        flip=False,  # a mirrored digit is no digit
+        crop=False,
+        workers=0,  # scenes this small load faster than they travel between processes
+        seed=seed,
+        log_every=25,
+        **chosen,
+    )
+
+
+def run_detector(out: Path, *, compare: bool, seed: int) -> None:
+    """Make the scenes, train, evaluate, draw; `out`/detector appears when all of it is there.
+
+    Args:
+        out: an existing folder.
+        compare: train `detr-tiny` as well, for at least the time of `smca-tiny`.
+        seed: of scenes and training.
+    """
+    import torch
+
+    from . import digits
+    from .train import dry_run, train
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = operator_demo.Steps(total=5 if compare else 4)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".detector.") as temporary:
+        folder = Path(temporary)
+        data = folder / "data"
+        steps.start(f"{TRAIN_SCENES} + {VAL_SCENES} scenes: real digits, synthetic placement")
+        digits.make_digits(data, train=TRAIN_SCENES, val=VAL_SCENES, size=SIZE, seed=seed)
+
+        settings = settings_for("smca-tiny", data, folder / "smca-tiny", device, seed)
+        twins = [settings]
+        if compare:
+            plain = settings_for("detr-tiny", data, folder / "detr-tiny", device, seed)
+            ratio = dry_run(settings)["seconds_per_step"] / dry_run(plain)["seconds_per_step"]
+            epochs = max(settings.epochs, math.ceil(settings.epochs * ratio))
+            twins.append(settings_for("detr-tiny", data, folder / "detr-tiny", device, seed, epochs))
+        for each in twins:
+            steps.start(f"training {each.preset}, {each.epochs} epochs (AP is that of the held-out scenes)")
+            train(each)
+
+        steps.start("detections, attention and learning curves")
+        curves = {each.preset: _evaluations(Path(each.out)) for each in twins}
+        draw_results(folder, data)
+        draw_curves(curves, folder / "learning.png")
+        write_text(folder / "results.json", json.dumps({"seed": seed, "evaluations": curves}, indent=1) + "\n")
+        for each in twins:
+            (Path(each.out) / "checkpoint.pt").unlink()  # its data folder is about to be renamed
+        final = out / "detector"
+        if final.exists():
+            shutil.rmtree(final)
+        folder.chmod(0o755)
+        folder.rename(final)
+        folder.mkdir()  # for TemporaryDirectory to remove
+    for preset, evaluations in curves.items():
+        last = evaluations[-1]
+        steps.tell(f"{preset}: AP {last['AP']:.3f}, AP50 {last['AP50']:.3f} after {last['seconds']:.0f} s of training")
+    steps.tell(f"{final}: detections.png, attention_*.png, learning.png, results.json; the weights in smca-tiny/")
+    command = "smca eval --weights {0}/smca-tiny/model.safetensors --data {0}/data --size {1} --max-size {2}"
+    steps.tell(f"all twelve numbers: {command.format(final, SIZE, 2 * SIZE)}")
+
+
+def draw_results(folder: Path, data: Path) -> None:
+    """detections.png of the first held-out scenes, and attention_N.png of the fullest of them."""
+    from torchvision.utils import make_grid
+
+    from . import weights
+    from .data import find_split, load_image, normalize
+    from .detect import best_queries, detect, draw_attention, draw_boxes, write_picture
+
+    model = weights.load(folder / "smca-tiny" / "model.safetensors")
+    classes = model.classes or ()
+    files = sorted(find_split(data, "val")[0].iterdir())[:SHOWN]
+    images = [load_image(file) for file in files]
+    found = detect(model, images, size=SIZE, max_size=2 * SIZE, threshold=SCORE)
+    drawn = [draw_boxes(image, each, classes) for image, each in zip(images, found, strict=True)]
+    write_picture(make_grid(drawn, SHOWN_IN_A_ROW, padding=8, pad_value=255), folder / "detections.png")
+    fullest = sorted(range(len(files)), key=lambda i: -len(found[i]["boxes"]))[:WITH_ATTENTION]
+    for i in fullest:
+        image = normalize(images[i])
+        path = folder / f"attention_{files[i].stem}.png"
+        draw_attention(model, image, classes, path, queries=best_queries(model, image, 3))
+
+
+def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """AP and AP50 of each preset's evaluations over seconds of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
+    for axes, name in zip(panels, ("AP50", "AP"), strict=True):
+        for preset, evaluations in curves.items():
+            seconds = [0.0, *(each["seconds"] for each in evaluations)]
+            axes.plot(seconds, [0.0, *(each[name] for each in evaluations)], "o-", label=preset)
+        axes.set(xlabel="seconds of training", ylabel=f"{name}, held-out scenes", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    from .train import read_metrics
+
+    return [line for line in read_metrics(folder) if "AP" in line]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `smca demo`."""
+    operator_demo.add_arguments(parser)
+    parser.description = (
+        f"First, the operator. {parser.description} Then, the detector: a small SMCA is trained on {TRAIN_SCENES} "
+        "scenes of real digits (five minutes on two CPU cores), evaluated on held-out ones, and its detections and "
+        "attention are drawn."
+    )
+    parser.add_argument("--compare", action="store_true", help="train the same without spatial prior, for as long")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the detector's part; default: 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`smca demo`: exit status 0; 1 if a backend is not within the error budget; 2 if it can't start."""
+    wanted = {
+        "pycocotools": "pycocotools",
+        "safetensors": "safetensors",
+        "scipy": "scipy",
+        "sklearn": "scikit-learn",
+        "tensorboard": "tensorboard",
+        "tqdm": "tqdm",
+    }
+    missing = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"smca demo needs {', '.join(missing)}: pip install 'smca_kernels[model,demo]'", file=sys.stderr)
+        return 2
+    status = operator_demo.run(args)
+    if status:
+        return status
+    print("\nThe detector")
+    try:
+        run_detector(args.out, compare=args.compare, seed=args.seed)
+    except KeyboardInterrupt:
+        print("interrupted: nothing of the detector was kept", file=sys.stderr)
+        raise
+    return 0
