@@ -3,7 +3,7 @@
 Queries start at 0; a learned embedding of each, `query_pos`, is added wherever they attend. The first layer predicts
 the reference point; all layers and the box head share it (Eq. 12).
 
-Source: Gao et al., ICCV 2021, sections 3.2 and 3.3.
+Source: Gao et al., ICCV 2021, Eq. 3–9 and 12.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The scales share the weights of the attention and of the FFN, or have their own, each as chosen. The tokens of all
 scales are kept one after the other, [B, T, C], so that shared weights are one product.
 
-Source: Gao et al., ICCV 2021, section 3.4 "SMCA with multi-scale visual features".
+Source: Gao et al., ICCV 2021: intra-scale and multi-scale self-attention.
 """
 
 from __future__ import annotations
