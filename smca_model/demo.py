@@ -72,7 +72,7 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
     from .train import dry_run, train
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    steps = operator_demo.Steps(total=5 if compare else 4)
+    steps = operator_demo.Steps(total=5 if compare else 3)
     with tempfile.TemporaryDirectory(dir=out, prefix=".detector.") as temporary:
         folder = Path(temporary)
         data = folder / "data"
@@ -82,6 +82,7 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
         settings = settings_for("smca-tiny", data, folder / "smca-tiny", device, seed)
         twins = [settings]
         if compare:
+            steps.start("a few steps of smca-tiny and detr-tiny, to give both the same time")
             plain = settings_for("detr-tiny", data, folder / "detr-tiny", device, seed)
             ratio = dry_run(settings)["seconds_per_step"] / dry_run(plain)["seconds_per_step"]
             epochs = max(settings.epochs, math.ceil(settings.epochs * ratio))
