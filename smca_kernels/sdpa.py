@@ -13,6 +13,7 @@ times as large cancel after they were rounded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -87,14 +88,35 @@ def _forward(
     shapes: SpatialShapes,
     scale: float,
 ) -> Tensor:
-    inputs = (query, key, value, center, precision, shapes, valid_shapes, key_padding_mask)
-    batch, heads, queries, _ = query.shape
-    if batch * heads * queries * key.shape[2] <= DENSE_LIMIT:
-        outputs = _dense(*inputs, scale)
-    else:
-        outputs = _widened(*inputs, 0.0, scale, _forward_dtype(query, shapes))
-    out = _combined(outputs, scale_weights)
-    return out if out.dtype == query.dtype else out.to(query.dtype)
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    if batch * heads * queries * keys <= DENSE_LIMIT:
+        outputs = _dense(query, key, value, center, precision, shapes, valid_shapes, key_padding_mask, scale)
+        out = _combined(outputs, scale_weights)
+        return out if out.dtype == query.dtype else out.to(query.dtype)
+    dtype = _forward_dtype(query, shapes)
+    out = torch.empty_like(query)
+    some = _heads_at_once(batch, heads, queries, keys * 2 * head_dim, query.device)
+    for first in range(0, heads, some):
+        group = slice(first, first + some)
+        q, k, v, c, p = (
+            tensor if tensor.shape[1] == 1 else tensor[:, group] for tensor in (query, key, value, center, precision)
+        )
+        outputs = _widened(q, k, v, c, p, shapes, valid_shapes, key_padding_mask, 0.0, scale, dtype)
+        weights = scale_weights
+        if weights is not None and weights.shape[1] > 1:
+            weights = weights[:, group]
+        out[:, group] = _combined(outputs, weights)
+    return out
+
+
+def _heads_at_once(batch: int, heads: int, queries: int, numbers: int, device: torch.device) -> int:
+    """How many heads to widen together: few, so that their copies stay in a CPU's cache, but work for every thread."""
+    if device.type != "cpu":
+        return heads
+    threads = torch.get_num_threads()
+    busy = -(-8 * threads // (batch * -(-queries // 32)))  # SDPA's threads share blocks of 32 queries or more
+    return min(heads, max(CPU_BLOCK * threads // (batch * numbers), busy, 1))
 
 
 def _wide_dtype(query: Tensor) -> torch.dtype:
@@ -333,68 +355,169 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six inputs; that of absent scale_weights is empty.
 
-        dS = α P (dP - Σ P dP) with dP = dO·v,     dp = -Σ dS (x - c)²,     dc = 2 p Σ dS (x - c)
-
-    The sums over x need dS summed over y only, and the other way round: queries × (width + height).
+    dS = α P (dP - Σ P dP) with dP = dO·v,     dp = -Σ dS (x - c)²,     dc = 2 p Σ dS (x - c)
     """
     batch, heads, queries, _ = query.shape
     dtype = _wide_dtype(query)
-
-    def flat(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:  # [B, H or 1, ...] → [B·H, ...]
-        if tensor.shape[1] < heads:
-            tensor = tensor.expand(-1, heads, *tensor.shape[2:])
-        return tensor.flatten(0, 1).to(dtype)
-
-    q, k, v, grad = flat(query) * scale, flat(key), flat(value), flat(grad_out)
-    exact = _exact_dtype(query.device)
-    axes = _axes(shapes, exact, query.device)
-    index = axes.of_coordinate.expand(batch * heads, queries, -1)
-    p = flat(precision, exact).flatten(2).gather(2, index)  # [B·H, N, Σ width + height]
-    distance = axes.coordinate - flat(center, exact).flatten(2).gather(2, index)
-    # Rounded to `dtype` only where it is small, near the center.
-    prior = (distance * distance).mul_(p)
-    p, distance = p.to(dtype), distance.to(dtype)
-    weights = None if scale_weights is None else flat(scale_weights)
-    ignored = ignored_keys(shapes, valid_shapes, key_padding_mask)
-
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    q, k, v, grad = (_of_every_head(tensor, heads, dtype) for tensor in (query, key, value, grad_out))
+    q = q * scale
+    weights = None if scale_weights is None else _of_every_head(scale_weights, heads, dtype)
     grad_weights = q.new_empty(0) if weights is None else torch.empty_like(weights)
-    sums = torch.empty_like(p)  # of dS over the other axis
-    for s, (height, width) in enumerate(shapes):
-        keys, columns, rows = axes.slices[s]
-        mask = ignored[s]
-        ignore = None if mask is None else mask.repeat_interleave(heads, 0).unsqueeze(1)
-        grad_s = grad if weights is None else grad * weights[:, :, s : s + 1]
-        prior_x, prior_y = (
-            (part - part.amin(-1, keepdim=True)).to(dtype) for part in (prior[..., columns], prior[..., rows])
-        )
-        for h, n in _blocks(batch * heads, queries, height * width, query.device):
-            logits = (prior_y[h, n].unsqueeze(3) + prior_x[h, n].unsqueeze(2)).flatten(2)
-            logits.baddbmm_(q[h, n], k[h, keys].transpose(1, 2), beta=-1)
-            p_s = _probabilities(logits, None if ignore is None else ignore[h])
-            grad_v[h, keys].baddbmm_(p_s.transpose(1, 2), grad_s[h, n])
-            if weights is not None:
-                grad_weights[h, n, s] = (torch.bmm(p_s, v[h, keys]) * grad[h, n]).sum(-1)
-            grad_p = torch.bmm(grad_s[h, n], v[h, keys].transpose(1, 2))
-            grad_logits = torch._softmax_backward_data(grad_p, p_s, -1, dtype)
-            grad_q[h, n].baddbmm_(grad_logits, k[h, keys])
-            grad_k[h, keys].baddbmm_(grad_logits.transpose(1, 2), q[h, n])
-            grid = grad_logits.unflatten(2, (height, width))
-            sums[h, n, columns], sums[h, n, rows] = grid.sum(2), grid.sum(3)
-    sums *= distance
-    total = axes.total.to(dtype)
-    grad_center = (sums * p) @ total * 2
-    grad_precision = (sums * distance) @ -total
+    sums = _Sums(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), grad_weights)
+    ignored = [
+        None if mask is None else mask.repeat_interleave(heads, 0).unsqueeze(1)
+        for mask in ignored_keys(shapes, valid_shapes, key_padding_mask)
+    ]
+    few = batch * heads * queries * key.shape[2] <= DENSE_LIMIT
+    prior = _backward_dense if few else _backward_in_blocks
+    grad_center, grad_precision = prior(q, k, v, grad, weights, center, precision, ignored, shapes, sums)
 
     def shaped(gradient: Tensor, like: Tensor) -> Tensor:
         gradient = gradient.view(batch, heads, *like.shape[2:])
-        return (gradient.sum(1, keepdim=True) if like.shape[1] < heads else gradient).to(like.dtype)
+        if like.shape[1] < heads:
+            gradient = gradient.sum(1, keepdim=True)
+        return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 
     return (
-        shaped(grad_q.mul_(scale), query), shaped(grad_k, key), shaped(grad_v, value),
+        shaped(sums.query.mul_(scale), query), shaped(sums.key, key), shaped(sums.value, value),
         shaped(grad_center, center), shaped(grad_precision, precision),
         grad_weights if scale_weights is None else shaped(grad_weights, scale_weights),
     )  # fmt: skip
+
+
+def _of_every_head(tensor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """[B, H or 1, ...] → [B · H, ...]."""
+    if tensor.shape[1] < heads:
+        tensor = tensor.expand(-1, heads, *tensor.shape[2:])
+    tensor = tensor.flatten(0, 1)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+class _Sums(NamedTuple):
+    """Gradients that blocks of queries and keys add to."""
+
+    query: Tensor  # [B · H, N, D], of the scaled queries
+    key: Tensor  # [B · H, T, D]
+    value: Tensor  # [B · H, T, D]
+    weights: Tensor  # [B · H, N, S]; empty without scale weights
+
+    def add(
+        self,
+        room: Tensor,  # [3, h, n, keys]: -logG, and space for P and dP
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grad: Tensor,
+        weights: Tensor | None,
+        ignore: Tensor | None,
+        block: tuple[slice, slice, slice, int],  # heads, queries, keys, scale
+    ) -> Tensor:
+        """Add what one block gives; dS takes the place of -logG."""
+        h, n, t, s = block
+        scores, p_s, grad_p = room
+        q, k, v, grad = q[h, n], k[h, t], v[h, t], grad[h, n]
+        scores.baddbmm_(q, k.transpose(1, 2), beta=-1)
+        _softmax(scores, None if ignore is None else ignore[h], out=p_s)
+        torch.bmm(grad, v.transpose(1, 2), out=grad_p)
+        grad_s = torch.mul(p_s, grad_p, out=scores)
+        delta = grad_s.sum(-1, keepdim=True)
+        grad_s.addcmul_(p_s, delta, value=-1)
+        if weights is not None:
+            alpha = weights[h, n, s : s + 1]
+            self.weights[h, n, s : s + 1] = delta
+            grad_s *= alpha
+            grad = grad * alpha
+        self.value[h, t].baddbmm_(p_s.transpose(1, 2), grad)
+        self.query[h, n].baddbmm_(grad_s, k)
+        self.key[h, t].baddbmm_(grad_s.transpose(1, 2), q)
+        return grad_s
+
+
+def _backward_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    weights: Tensor | None,
+    center: Tensor,
+    precision: Tensor,
+    ignored: list[Tensor | None],
+    shapes: SpatialShapes,
+    sums: _Sums,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of center and precision [B · H, N, S, 2] by distances of queries × keys, for a few scores."""
+    heads, every = len(q) // len(center), slice(None)
+    center, precision = (_of_every_head(tensor, heads, q.dtype) for tensor in (center, precision))
+    grad_center, grad_precision, start = [], [], 0
+    for s, cells in enumerate(_cells(shapes, q.dtype, q.device)):
+        p, keys = _part(precision, 2, s, 1), cells.shape[0]
+        distance = cells - _part(center, 2, s, 1)  # [B · H, N, keys, 2]
+        room = q.new_empty(3, *distance.shape[:-1])
+        torch.linalg.vecdot(distance * p, distance, out=room[0])
+        block = every, every, slice(start, start + keys), s
+        grad_s = sums.add(room, q, k, v, grad, weights, ignored[s], block).view(-1, 1, keys)
+        distance = distance.flatten(0, 1)
+        grad_center.append(torch.bmm(grad_s, distance).view(p.shape).mul_(p).mul_(2.0))
+        grad_precision.append(torch.bmm(grad_s, distance.mul_(distance)).view(p.shape).neg_())
+        start += keys
+    return torch.cat(grad_center, 2), torch.cat(grad_precision, 2)
+
+
+def _backward_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    weights: Tensor | None,
+    center: Tensor,
+    precision: Tensor,
+    ignored: list[Tensor | None],
+    shapes: SpatialShapes,
+    sums: _Sums,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of center and precision [B · H, N, S, 2] without a tensor of queries × keys.
+
+    Sums over x need dS summed over y only, and the other way round: queries × (width + height).
+    """
+    every, queries, _ = q.shape
+    heads = every // len(center)
+    exact = _exact_dtype(q.device)
+    axes = _axes(shapes, exact, q.device)
+    total = axes.total.to(q.dtype)
+    center, precision = (_of_every_head(tensor, heads, exact).flatten(2) for tensor in (center, precision))
+    grad_center, grad_precision = (q.new_empty(every, queries, 2 * len(shapes)) for _ in range(2))
+    limit = _block_limit(q.device)
+    # Reused from block to block: fresh memory would cost a page fault every 4 KiB.
+    workspace = q.new_empty(3, max(limit, max(height * width for height, width in shapes)))
+    some = max(1, limit // 4 // (queries * len(axes.coordinate)))
+    for first in range(0, every, some):
+        group = slice(first, min(first + some, every))
+        index = axes.of_coordinate.expand(group.stop - first, queries, -1)
+        p, c = (tensor[group].gather(2, index) for tensor in (precision, center))
+        distance = axes.coordinate - c  # [heads of the group, N, Σ width + height]
+        # Rounded to q's dtype only where it is small, near the center.
+        prior = (distance * distance).mul_(p)
+        p, distance = p.to(q.dtype), distance.to(q.dtype)
+        over_other = torch.empty_like(p)  # dS summed over the other axis
+        for s, (height, width) in enumerate(shapes):
+            keys, columns, rows = axes.slices[s]
+            prior_x, prior_y = (
+                (part - part.amin(-1, keepdim=True)).to(q.dtype) for part in (prior[..., columns], prior[..., rows])
+            )
+            for h, n in _blocks(group.stop - first, queries, height * width, limit):
+                size = h.stop - h.start, n.stop - n.start, height * width
+                room = workspace[:, : math.prod(size)].view(3, *size)
+                grid = room[0].unflatten(2, (height, width))
+                torch.add(prior_y[h, n].unsqueeze(3), prior_x[h, n].unsqueeze(2), out=grid)
+                block = slice(first + h.start, first + h.stop), n, keys, s
+                sums.add(room, q, k, v, grad, weights, ignored[s], block)
+                torch.sum(grid, 2, out=over_other[h, n, columns])
+                torch.sum(grid, 3, out=over_other[h, n, rows])
+        over_other *= distance
+        torch.matmul(over_other * p, total * 2, out=grad_center[group])
+        torch.matmul(over_other.mul_(distance), -total, out=grad_precision[group])
+    shape = every, queries, len(shapes), 2
+    return grad_center.view(shape), grad_precision.view(shape)
 
 
 class _Axes(NamedTuple):
@@ -421,25 +544,30 @@ def _axes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> _A
         return _Axes(coordinate, of_coordinate, one_hot(of_coordinate, len(sizes)).to(dtype), slices)
 
 
-def _blocks(heads: int, queries: int, keys: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Cover [heads, queries] with blocks whose scores with all keys fit a cache: several heads, or a part of one."""
-    limit = min(CPU_BLOCK * torch.get_num_threads(), 2**22) if device.type == "cpu" else DEVICE_BLOCK
+def _block_limit(device: torch.device) -> int:
+    """Most scores of a block: few enough for a CPU's cache, where they are read several times."""
+    return min(CPU_BLOCK * torch.get_num_threads(), 2**22) if device.type == "cpu" else DEVICE_BLOCK
+
+
+def _blocks(heads: int, queries: int, keys: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Cover [heads, queries] with blocks of up to `limit` scores with all keys: several heads, or a part of one."""
     some_heads = min(heads, max(1, limit // (queries * keys)))
     parts = 1 if some_heads > 1 else -(-queries // max(1, limit // keys))
     some_queries = -(-queries // parts)
     for h in range(0, heads, some_heads):
         for n in range(0, queries, some_queries):
-            yield slice(h, h + some_heads), slice(n, n + some_queries)
+            yield slice(h, min(h + some_heads, heads)), slice(n, min(n + some_queries, queries))
 
 
-def _probabilities(logits: Tensor, ignore: Tensor | None) -> Tensor:
-    """softmax over the last dimension, 0 for ignored keys; overwrites `logits`."""
+def _softmax(logits: Tensor, ignore: Tensor | None, out: Tensor) -> None:
+    """softmax over the last dimension into `out`, 0 for ignored keys; overwrites `logits`."""
     if ignore is not None:
         logits.masked_fill_(ignore, -torch.inf)
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and logits.numel() > DENSE_LIMIT:
         logits.clamp_(min=logits.amax(-1, keepdim=True).add_(LOWEST_LOGIT[logits.dtype]))
-    probabilities = logits.softmax(-1)
-    return probabilities if ignore is None else probabilities.masked_fill_(ignore, 0.0)
+    torch.softmax(logits, -1, out=out)
+    if ignore is not None:
+        out.masked_fill_(ignore, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ operator and autograd
@@ -454,7 +582,7 @@ SCHEMA = (
 @torch.library.custom_op("smca_kernels::sdpa_forward", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
 def _forward_operator(*inputs: Any) -> Tensor:
     *tensors, sizes, scale = inputs
-    return _forward(*(*tensors, _pairs(sizes), scale))
+    return _forward(*(*tensors, _pairs(sizes), scale)).contiguous()  # as its fake is
 
 
 @torch.library.custom_op(
@@ -464,7 +592,7 @@ def _forward_operator(*inputs: Any) -> Tensor:
 )
 def _backward_operator(*inputs: Any) -> tuple[Tensor, ...]:
     *tensors, sizes, scale = inputs
-    return _backward(*(*tensors, _pairs(sizes), scale))
+    return tuple(gradient.contiguous() for gradient in _backward(*(*tensors, _pairs(sizes), scale)))
 
 
 @_forward_operator.register_fake

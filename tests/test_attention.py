@@ -330,6 +330,8 @@ def triton_serves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def set_capability(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    uncached = attention_module._device_against_triton.__wrapped__
+    monkeypatch.setattr(attention_module, "_device_against_triton", uncached)
 
 
 def test_the_cpu_is_served_by_sdpa_and_never_by_the_interpreter(generator: torch.Generator) -> None:

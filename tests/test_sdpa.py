@@ -253,10 +253,12 @@ def test_grids_too_large_for_half_precision_coordinates_use_float32() -> None:
 
 
 def test_probabilities_are_never_subnormal_on_a_cpu() -> None:
-    logits = torch.linspace(-300.0, 0.0, 4200).expand(1, 2, -1).clone()
-    probabilities = sdpa._probabilities(logits, None)
+    logits = torch.linspace(-300.0, 0.0, 4200).expand(1, 8, -1).clone()
+    assert logits.numel() > sdpa.DENSE_LIMIT
+    probabilities = torch.empty_like(logits)
+    sdpa._softmax(logits, None, out=probabilities)
     assert (probabilities >= torch.finfo(torch.float32).smallest_normal).all()
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 2))
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 8))
 
 
 # --- memory ---
