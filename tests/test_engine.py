@@ -89,6 +89,18 @@ def test_an_epoch_goes_on_from_a_step_as_it_would_have(data: Path) -> None:
     assert engine.batches(20, 0, 3, chosen, 0, 1) == whole[6:]
 
 
+def test_every_epoch_augments_an_image_anew(data: Path) -> None:
+    one = trainer(settings(data, batch_size=8, sizes=tuple(range(32, 49))))
+    scenes, _ = train.open_data(one.settings)
+    epochs = []
+    for one.step in (0, 1, 0):
+        ((images, targets),) = next(engine.epoch_batches(scenes, one))
+        epochs.append({t["image_id"]: image for t, image in zip(targets, images, strict=True)})
+    equal = [[torch.equal(epochs[0][i], other[i]) for i in epochs[0]] for other in epochs[1:]]
+    assert not all(equal[0])
+    assert all(equal[1])
+
+
 def test_two_processes_see_what_one_with_twice_the_batch_sees(data: Path) -> None:
     one = engine.batches(23, 0, 0, settings(data, batch_size=4), 0, 1)
     halves = [engine.batches(23, 0, 0, settings(data, batch_size=2), rank, 2) for rank in range(2)]
