@@ -53,14 +53,16 @@ def test_the_queries_positions_alone_set_the_first_layer_s_centres():
     assert reference_logits[0].std(0).min() > 0
 
 
-def test_every_layer_s_output_is_normalised():
+def test_one_norm_serves_every_layer_s_output():
     decoder = Decoder(3, DIM, HEADS, FFN, 0.0, (32,))
+    nn.init.constant_(decoder.norm.weight, 3.0)
+    nn.init.constant_(decoder.norm.bias, 2.0)
 
     outputs, _ = decoder(torch.randn(2, 5, DIM), torch.randn(2, 12, DIM), torch.randn(2, 12, DIM), GRID, **SIZE)
 
     assert outputs.shape == (3, 2, 5, DIM)
-    torch.testing.assert_close(outputs.mean(-1), torch.zeros(3, 2, 5), rtol=0, atol=1e-5)
-    torch.testing.assert_close(outputs.var(-1, correction=0), torch.ones(3, 2, 5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(outputs.mean(-1), torch.full((3, 2, 5), 2.0))
+    torch.testing.assert_close(outputs.var(-1, correction=0), torch.full((3, 2, 5), 9.0), rtol=1e-3, atol=0)
 
 
 def test_the_paper_s_geometry_predicts_the_prior_from_the_query_as_attention_sees_it():

@@ -90,6 +90,14 @@ def test_every_trained_parameter_gets_a_gradient(preset):
     assert without == []
 
 
+def test_the_backend_is_an_attribute_that_may_change():
+    model = tiny_detector()
+    model.backend = "cudnn"
+
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'cudnn'"):
+        model([torch.randn(3, 40, 56)])
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @both
 def test_another_backend_changes_the_outputs_within_the_error_budget(preset, backend, device):
@@ -172,8 +180,11 @@ def test_every_layer_s_box_is_relative_to_the_first_layer_s_reference_point():
         torch.testing.assert_close(layer["pred_boxes"], expected)
 
 
-def test_the_reference_point_learns_from_every_layer():
+def test_the_reference_point_learns_from_every_layer_s_box():
     model = tiny_detector()
+    with torch.no_grad():
+        for layer in model.decoder.layers:
+            layer.co_attn.out_proj.weight.zero_()  # so that no gradient comes through the attention
     first = model.decoder.layers[0].co_attn.prior.center_mlp[0].weight
 
     outputs = model([torch.randn(3, 40, 56)])
