@@ -403,7 +403,7 @@ class _Sums(NamedTuple):
 
     def add(
         self,
-        room: Tensor,  # [3, h, n, keys]: -logG, and space for P and dP
+        room: Tensor,  # [3, heads or tiles, n, keys]: -logG, and space for two more
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -411,26 +411,47 @@ class _Sums(NamedTuple):
         weights: Tensor | None,
         ignore: Tensor | None,
         block: tuple[slice, slice, slice, int],  # heads, queries, keys, scale
-    ) -> Tensor:
-        """Add what one block gives; dS takes the place of -logG."""
+    ) -> tuple[Tensor, Tensor]:
+        """Add what a block gives: all keys of a scale for some heads, or for one head in tiles.
+
+        Returns dS without a factor [heads or tiles, n, keys], and that factor of each row [heads, n, 1].
+        """
         h, n, t, s = block
-        scores, p_s, grad_p = room
-        q, k, v, grad = q[h, n], k[h, t], v[h, t], grad[h, n]
-        scores.baddbmm_(q, k.transpose(1, 2), beta=-1)
-        _softmax(scores, None if ignore is None else ignore[h], out=p_s)
-        torch.bmm(grad, v.transpose(1, 2), out=grad_p)
-        grad_s = torch.mul(p_s, grad_p, out=scores)
-        delta = grad_s.sum(-1, keepdim=True)
+        scores, grad_p, grad_s = room
+        batch = scores.shape[0]
+        is_tiled = batch > h.stop - h.start
+
+        def per_tile(keys: Tensor) -> Tensor:
+            return keys.view(batch, -1, keys.shape[-1]) if is_tiled else keys
+
+        def over_tiles(rows: Tensor) -> Tensor:
+            return rows.sum(0, keepdim=True) if is_tiled else rows
+
+        q, grad, k, v = q[h, n], grad[h, n], per_tile(k[h, t]), per_tile(v[h, t])
+        scores.baddbmm_(q.expand(batch, -1, -1), k.transpose(1, 2), beta=-1)
+        if ignore is not None:
+            ignore = ignore[h].view(batch, 1, -1) if is_tiled else ignore[h]
+            scores.masked_fill_(ignore, -torch.inf)
+        highest = scores.amax(-1, keepdim=True)
+        scores.sub_(highest.amax(0, keepdim=True) if is_tiled else highest)
+        if scores.device.type == "cpu" and scores.numel() > DENSE_LIMIT:
+            scores.clamp_(min=LOWEST_LOGIT[scores.dtype])
+        p_s = scores.exp_()  # but for the factor 1 / total
+        if ignore is not None:
+            p_s.masked_fill_(ignore, 0.0)
+        total = over_tiles(p_s.sum(-1, keepdim=True))
+        factor = total.clamp_(min=1.0).reciprocal_()  # it is less than 1 only where every key is ignored
+        torch.bmm(grad.expand(batch, -1, -1), v.transpose(1, 2), out=grad_p)
+        torch.mul(p_s, grad_p, out=grad_s)
+        delta = over_tiles(grad_s.sum(-1, keepdim=True)) * factor
         grad_s.addcmul_(p_s, delta, value=-1)
         if weights is not None:
-            alpha = weights[h, n, s : s + 1]
             self.weights[h, n, s : s + 1] = delta
-            grad_s *= alpha
-            grad = grad * alpha
-        self.value[h, t].baddbmm_(p_s.transpose(1, 2), grad)
-        self.query[h, n].baddbmm_(grad_s, k)
-        self.key[h, t].baddbmm_(grad_s.transpose(1, 2), q)
-        return grad_s
+            factor *= weights[h, n, s : s + 1]
+        per_tile(self.value[h, t]).baddbmm_(p_s.transpose(1, 2), (grad * factor).expand(batch, -1, -1))
+        per_tile(self.key[h, t]).baddbmm_(grad_s.transpose(1, 2), (q * factor).expand(batch, -1, -1))
+        self.query[h, n].addcmul_(over_tiles(torch.bmm(grad_s, k)), factor)
+        return grad_s, factor
 
 
 def _backward_dense(
@@ -446,7 +467,8 @@ def _backward_dense(
     sums: _Sums,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of center and precision [B · H, N, S, 2] by distances of queries × keys, for a few scores."""
-    heads, every = len(q) // len(center), slice(None)
+    every, queries, _ = q.shape
+    heads = every // len(center)
     center, precision = (_of_every_head(tensor, heads, q.dtype) for tensor in (center, precision))
     grad_center, grad_precision, start = [], [], 0
     for s, cells in enumerate(_cells(shapes, q.dtype, q.device)):
@@ -454,11 +476,12 @@ def _backward_dense(
         distance = cells - _part(center, 2, s, 1)  # [B · H, N, keys, 2]
         room = q.new_empty(3, *distance.shape[:-1])
         torch.linalg.vecdot(distance * p, distance, out=room[0])
-        block = every, every, slice(start, start + keys), s
-        grad_s = sums.add(room, q, k, v, grad, weights, ignored[s], block).view(-1, 1, keys)
-        distance = distance.flatten(0, 1)
-        grad_center.append(torch.bmm(grad_s, distance).view(p.shape).mul_(p).mul_(2.0))
-        grad_precision.append(torch.bmm(grad_s, distance.mul_(distance)).view(p.shape).neg_())
+        block = slice(0, every), slice(0, queries), slice(start, start + keys), s
+        grad_s, factor = sums.add(room, q, k, v, grad, weights, ignored[s], block)
+        grad_s, distance = grad_s.view(-1, 1, keys), distance.flatten(0, 1)
+        factor = factor.unsqueeze(-1)
+        grad_center.append(torch.bmm(grad_s, distance).view(p.shape).mul_(p).mul_(factor).mul_(2.0))
+        grad_precision.append(torch.bmm(grad_s, distance.mul_(distance)).view(p.shape).mul_(factor).neg_())
         start += keys
     return torch.cat(grad_center, 2), torch.cat(grad_precision, 2)
 
@@ -505,19 +528,33 @@ def _backward_in_blocks(
                 (part - part.amin(-1, keepdim=True)).to(q.dtype) for part in (prior[..., columns], prior[..., rows])
             )
             for h, n in _blocks(group.stop - first, queries, height * width, limit):
-                size = h.stop - h.start, n.stop - n.start, height * width
+                tiles = _tiles(height, width) if h.stop - h.start == 1 else 1
+                size = tiles * (h.stop - h.start), n.stop - n.start, height * width // tiles
                 room = workspace[:, : math.prod(size)].view(3, *size)
-                grid = room[0].unflatten(2, (height, width))
-                torch.add(prior_y[h, n].unsqueeze(3), prior_x[h, n].unsqueeze(2), out=grid)
+                # [heads, n, tiles, rows of a tile], of which heads or tiles are 1, and [heads, n, 1, width]
+                of_rows, of_columns = prior_y[h, n].unflatten(2, (tiles, -1)), prior_x[h, n].unsqueeze(2)
+                grid = room[0].unflatten(2, (-1, width))
+                torch.add(of_rows.transpose(1, 2).flatten(0, 1).unsqueeze(3), of_columns, out=grid)
                 block = slice(first + h.start, first + h.stop), n, keys, s
-                sums.add(room, q, k, v, grad, weights, ignored[s], block)
-                torch.sum(grid, 2, out=over_other[h, n, columns])
-                torch.sum(grid, 3, out=over_other[h, n, rows])
+                grad_s, factor = sums.add(room, q, k, v, grad, weights, ignored[s], block)
+                grid = grad_s.unflatten(2, (-1, width)).unflatten(0, (-1, tiles))  # [heads, tiles, n, rows, width]
+                over_other[h, n, columns] = grid.sum(3).sum(1) * factor
+                over_other[h, n, rows] = grid.sum(4).transpose(1, 2).flatten(2) * factor
         over_other *= distance
         torch.matmul(over_other * p, total * 2, out=grad_center[group])
         torch.matmul(over_other.mul_(distance), -total, out=grad_precision[group])
     shape = every, queries, len(shapes), 2
     return grad_center.view(shape), grad_precision.view(shape)
+
+
+@lru_cache(maxsize=64)
+def _tiles(height: int, width: int) -> int:
+    """Into how many tiles of whole rows to cut a grid, for products with rows of 2 KiB or less.
+
+    Matrix libraries write a product with long rows up to twice as slowly: every row lies on another page.
+    """
+    rows = next(rows for rows in range(height, 0, -1) if height % rows == 0 and (rows == 1 or rows * width <= 512))
+    return height // rows
 
 
 class _Axes(NamedTuple):
@@ -557,17 +594,6 @@ def _blocks(heads: int, queries: int, keys: int, limit: int) -> Iterator[tuple[s
     for h in range(0, heads, some_heads):
         for n in range(0, queries, some_queries):
             yield slice(h, min(h + some_heads, heads)), slice(n, min(n + some_queries, queries))
-
-
-def _softmax(logits: Tensor, ignore: Tensor | None, out: Tensor) -> None:
-    """softmax over the last dimension into `out`, 0 for ignored keys; overwrites `logits`."""
-    if ignore is not None:
-        logits.masked_fill_(ignore, -torch.inf)
-    if logits.device.type == "cpu" and logits.numel() > DENSE_LIMIT:
-        logits.clamp_(min=logits.amax(-1, keepdim=True).add_(LOWEST_LOGIT[logits.dtype]))
-    torch.softmax(logits, -1, out=out)
-    if ignore is not None:
-        out.masked_fill_(ignore, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ operator and autograd

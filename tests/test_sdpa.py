@@ -253,12 +253,15 @@ def test_grids_too_large_for_half_precision_coordinates_use_float32() -> None:
 
 
 def test_probabilities_are_never_subnormal_on_a_cpu() -> None:
-    logits = torch.linspace(-300.0, 0.0, 4200).expand(1, 8, -1).clone()
-    assert logits.numel() > sdpa.DENSE_LIMIT
-    probabilities = torch.empty_like(logits)
-    sdpa._softmax(logits, None, out=probabilities)
-    assert (probabilities >= torch.finfo(torch.float32).smallest_normal).all()
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 8))
+    keys, heads = 4200, 8
+    q, grad = torch.zeros(heads, 1, 16), torch.zeros(heads, 1, 16)
+    k, v = torch.zeros(heads, keys, 16), torch.zeros(heads, keys, 16)
+    room = torch.empty(3, heads, 1, keys)
+    room[0] = torch.linspace(0.0, 300.0, keys)  # -logG
+    assert room[0].numel() > sdpa.DENSE_LIMIT
+    sums = sdpa._Sums(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.empty(0))
+    sums.add(room, q, k, v, grad, None, None, (slice(0, heads), slice(0, 1), slice(0, keys), 0))
+    assert (room[0] >= torch.finfo(torch.float32).smallest_normal).all()
 
 
 # --- memory ---
