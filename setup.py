@@ -43,7 +43,10 @@ setup(
         "numpy",  # Triton's interpreter and the pictures; torch does without
     ],
     extras_require={
-        "model": ["pycocotools", "scipy", "torchvision"],
+        "model": [
+            "matplotlib", "pycocotools", "safetensors", "scikit-image", "scikit-learn", "scipy", "tensorboard",
+            "torchvision", "tqdm",
+        ],  # fmt: skip
         "demo": ["matplotlib", "scikit-image", "torchvision"],
         "test": ["pytest", "pytest-xdist"],
         "dev": ["mypy", "ruff"],
