@@ -155,7 +155,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    from .train import read_metrics
+    from .metrics import read_metrics
 
     return [line for line in read_metrics(folder) if "AP" in line]
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import resource
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -26,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Subset
 
-from smca_kernels.files import write_text
-
 from . import build, checkpoint, distributed
 from .engine import WEIGHTS, Trainer, TrainingError, derived_seed, epoch_batches
+from .metrics import Metrics, read_metrics
+from .signals import Stopped, StopSignals
 
 if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
     from .data import CocoDetection
@@ -125,43 +124,7 @@ class Settings:
         return warm / DROP if step >= self.lr_drop * steps_per_epoch else warm
 
 
-# ----------------------------------------------------------------------------------------------------- the run's folder
-
-
-class Metrics:
-    """The run's numbers as lines of metrics.jsonl and in TensorBoard.
-
-    Args:
-        folder: of the run.
-        step: of the checkpoint it goes on from; lines after it are dropped, for their steps are run again.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = folder / "metrics.jsonl"
-        # The evaluation at the step itself is run again: it may not have come to its end.
-        kept = [line for line in read_metrics(folder) if line["step"] < step + ("AP" not in line)]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, group: str, numbers: dict[str, float]) -> None:
-        """One line, of numbers by name; `step` is among them."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(numbers) + "\n")
-        for name, number in numbers.items():
-            self.board.add_scalar(f"{group}/{name}", number, int(numbers["step"]))
-        self.board.flush()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without one that a crash cut off; those of evaluations have "AP"."""
-    lines = []
-    path = folder / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
+# ----------------------------------------------------------------------------------------------------- data and model
 
 
 def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
@@ -210,50 +173,6 @@ def tell(line: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-class Stopped(KeyboardInterrupt):
-    """Training was stopped by a signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number  # as shells report it
-
-
-class StopSignals:
-    """While entered, SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.at_once = False
-        self._pid = os.getpid()
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    @contextlib.contextmanager
-    def stopping_at_once(self) -> Iterator[None]:
-        """Where nothing is lost, and the end of the step is far."""
-        self.at_once = True
-        try:
-            yield
-        finally:
-            self.at_once = False
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        again, self.number = self.number != 0, number
-        if os.getpid() != self._pid:
-            return
-        if again or self.at_once:
-            raise Stopped(number)
-        print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
-
-
 def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
     """Train to the last epoch, evaluating on the way; in every process of torchrun, or in one without it.
 
@@ -269,8 +188,10 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
         TrainingError: when a loss or gradient is not finite.
         Stopped: on SIGINT or SIGTERM, after the checkpoint is written; on a second one at once.
     """
+    if not settings.out:
+        raise ValueError("out must be a folder for the run, got ''")
+    out = Path(settings.out)
     with distributed.process_group() as device, StopSignals() as stop, _arithmetic(settings, device):
-        out = Path(settings.out)
         train_set, val_set = open_data(settings)
         steps_per_epoch = _steps_per_epoch(settings, len(train_set))
         state = checkpoint.load(out / "checkpoint.pt") if resume else None
@@ -524,16 +445,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca train`: exit status 0; 1 when a loss is not finite; 128 + the signal's number when stopped by one."""
+    """`smca train`: exit status 0; 1 for a loss that is not finite; 2 if it can't start; 128 + a signal that stopped it."""
+    wanted = ("pycocotools", "safetensors", "scipy", "tensorboard", "torchvision", "tqdm")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"smca train needs {', '.join(missing)}: pip install 'smca_kernels[model]'", file=sys.stderr)
+        return 2
     given = {item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if args.resume:
         saved = checkpoint.load(Path(args.resume) / "checkpoint.pt")["settings"]
         settings = Settings(**{**saved, **given, "out": args.resume})
     else:
-        missing = [name for name in ("data", *(() if args.dry_run else ("out",))) if not given.get(name)]
-        if missing:
-            raise ValueError(f"{' and '.join(f'--{name}' for name in missing)} must be given")
+        absent = [name for name in ("data", *(() if args.dry_run else ("out",))) if not given.get(name)]
+        if absent:
+            raise ValueError(f"{' and '.join(f'--{name}' for name in absent)} must be given")
         settings = Settings(**given)
     if args.dry_run:
         told = dry_run(settings)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -199,32 +197,6 @@ def test_the_command_stops_on_a_signal_saves_and_says_how_to_go_on(
     assert state_of(out)["step"] == 4
 
 
-def test_a_second_signal_stops_at_once() -> None:
-    with train.StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.number == signal.SIGTERM
-        with pytest.raises(train.Stopped):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_during_an_evaluation_the_first_signal_stops() -> None:
-    with train.StopSignals() as stop, pytest.raises(train.Stopped), stop.stopping_at_once():
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
-    before, seen = signal.getsignal(signal.SIGINT), []
-
-    def enter() -> None:
-        with train.StopSignals():
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [before]
-
-
 def test_what_a_run_was_made_with_cant_change_under_it(run: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size 2 there, 4 here; seed 0 there, 1 here"):
         train.train(settings(data, run, ema=0.9, batch_size=4, seed=1), resume=True)
@@ -263,6 +235,11 @@ def test_a_step_larger_than_the_data_is_refused_and_nothing_is_written(data: Pat
     with pytest.raises(ValueError, match="a step of at most the 8 training images, got a step of 12"):
         train.train(settings(data, tmp_path / "run", batch_size=4, accumulate=3))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_folder_is_refused(data: Path) -> None:
+    with pytest.raises(ValueError, match="out must be a folder for the run, got ''"):
+        train.train(train.Settings(data=str(data)))
 
 
 def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,38 +306,3 @@ def test_every_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixtu
     for name in train.Settings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in told
     assert "the largest for evaluation; default: 480 512 544" in told
-
-
-# ----------------------------------------------------------------------------------------------------------- checkpoint
-
-
-def test_a_checkpoint_that_cant_be_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"step": 1})
-
-    def full(state: Any, file: Path) -> None:
-        Path(file).write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
-        checkpoint.save(path, {"step": 2})
-    assert checkpoint.load(path)["step"] == 1
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", json.dumps({"step": 1}).encode()])
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{path} can't be read as a checkpoint"):
-        checkpoint.load(path)
-
-
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pt"
-    torch.save({"model": {}}, path)
-    with pytest.raises(ValueError, match="must be a training checkpoint of format 1, got None"):
-        checkpoint.load(path)

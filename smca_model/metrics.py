@@ -1,0 +1,49 @@
+"""What a run reports: lines of JSON, and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from smca_kernels.files import write_text
+
+
+class Metrics:
+    """The run's numbers as lines of metrics.jsonl and in TensorBoard.
+
+    Args:
+        folder: of the run.
+        step: of the checkpoint it goes on from; lines after it are dropped, for their steps are run again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        # The evaluation at the step itself is run again: it may not have come to its end.
+        kept = [line for line in read_metrics(folder) if line["step"] < step + ("AP" not in line)]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, group: str, numbers: dict[str, float]) -> None:
+        """One line, of numbers by name; `step` is among them."""
+        # JSON has no infinity, which the norm of an overflown gradient in fp16 is.
+        line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, number in numbers.items():
+            self.board.add_scalar(f"{group}/{name}", number, int(numbers["step"]))
+        self.board.flush()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without one that a crash cut off; those of evaluations have "AP"."""
+    lines = []
+    path = folder / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
