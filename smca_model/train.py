@@ -445,7 +445,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca train`: exit status 0; 1 for a loss that is not finite; 2 if it can't start; 128 + a signal that stopped it."""
+    """`smca train`: exit status 0; 1 for a loss that is not finite; 2 if it can't start; 128 + a signal's number."""
     wanted = ("pycocotools", "safetensors", "scipy", "tensorboard", "torchvision", "tqdm")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
