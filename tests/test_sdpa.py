@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from smca_kernels import parity, reference, sdpa, smca_attention
+from smca_kernels import parity, reference, sdpa, sdpa_columns, smca_attention
 from smca_kernels.parity import CASES, Case, Inputs, make_inputs
 from smca_kernels.profiling import saved_bytes
 
@@ -192,9 +192,9 @@ def test_an_image_alone_in_a_batch_and_padded_gives_the_same(generator: torch.Ge
 
 def column_logits(center: Tensor, precision: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Products of the columns [N, height · width], summed one column after the other in float32 as matrix units do."""
-    table = sdpa._features((shape,), dtype, center.device)
+    table = sdpa_columns.key_features((shape,), dtype, center.device)
     prior = (center.view(1, 1, -1, 1, 2), precision.view(1, 1, -1, 1, 2))
-    queries = sdpa._coefficients(*prior, table, table.lowest, table.highest, dtype).flatten(0, 3)
+    queries = sdpa_columns.query_coefficients(*prior, table, table.lowest, table.highest, dtype).flatten(0, 3)
     assert queries.isfinite().all()
     total = torch.zeros(len(queries), len(table.columns), device=center.device)
     for column in range(queries.shape[1]):
@@ -236,9 +236,9 @@ def test_columns_stay_finite_and_find_the_nearest_cell_in_extremes(dtype: torch.
 
 def test_half_precision_features_are_exact_to_the_largest_grid(device: torch.device) -> None:
     for dtype in HALVES:
-        wide = sdpa._features(((511, 3), (2, 511)), torch.float32, device).columns.double()
-        half = sdpa._features(((511, 3), (2, 511)), dtype, device).columns.double()
-        units = sdpa._features(((511, 3), (2, 511)), dtype, device).units.double()
+        wide = sdpa_columns.key_features(((511, 3), (2, 511)), torch.float32, device).columns.double()
+        half = sdpa_columns.key_features(((511, 3), (2, 511)), dtype, device).columns.double()
+        units = sdpa_columns.key_features(((511, 3), (2, 511)), dtype, device).units.double()
         term = half[:, 1:8] * units
         for axis in range(2):
             assert torch.equal(term[:, axis] + term[:, 2 + axis], wide[:, 1 + axis])
@@ -345,6 +345,20 @@ def test_opcheck_passes_without_scale_weights(generator: torch.Generator, device
     torch.library.opcheck(torch.ops.smca_kernels.sdpa_backward.default, arguments)
 
 
+@pytest.mark.parametrize("dense_limit", [0, 2**20])
+def test_the_operators_return_the_layout_that_compilers_were_promised(
+    dense_limit: int, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdpa, "DENSE_LIMIT", dense_limit)
+    inputs = make_inputs(Case("small", SHAPES, batch=1, heads=2), generator, device)
+    # As projections leave them: heads inside of the sequence.
+    tensors = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in inputs.differentiable().values()]
+    arguments = (*tensors, None, None, [9, 17, 5, 8], 0.25)
+    output = torch.ops.smca_kernels.sdpa_forward(*arguments)
+    gradients = torch.ops.smca_kernels.sdpa_backward(inputs.grad_output, *arguments)
+    assert all(tensor.is_contiguous() for tensor in (output, *gradients))
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_double_backward_raises(inputs: Inputs, traced: bool) -> None:
     out = torch.ops.smca_kernels.sdpa_forward(*operator_arguments(inputs)) if traced else run(inputs)
@@ -438,7 +452,7 @@ def test_checkpointing_gives_the_same_gradients(inputs: Inputs, use_reentrant: b
 
 @pytest.mark.usefixtures("always_widened")
 def test_tables_made_in_inference_mode_serve_training(generator: torch.Generator, device: torch.device) -> None:
-    for table in (sdpa._features, sdpa._cells, sdpa._axes):
+    for table in (sdpa_columns.key_features, sdpa._cells, sdpa._axes):
         table.cache_clear()
     inputs = make_inputs(Case("small", SHAPES), generator, device)
     with torch.inference_mode():
