@@ -18,17 +18,19 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 LAYOUTS = (("{}", "annotations/{}.json"), ("{}2017", "annotations/instances_{}2017.json"))
 SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR's short sides, in pixels
@@ -298,6 +300,8 @@ def normalize(image: Tensor) -> Tensor:
 
 def make_coco(data: dict[str, Any]) -> COCO:
     """pycocotools' object for a dict in COCO's format, without what it would print."""
+    from pycocotools.coco import COCO  # what evaluates needs it, what detects does not
+
     coco = COCO()
     coco.dataset = data
     with contextlib.redirect_stdout(io.StringIO()):

@@ -107,8 +107,7 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
         last = evaluations[-1]
         steps.tell(f"{preset}: AP {last['AP']:.3f}, AP50 {last['AP50']:.3f} after {last['seconds']:.0f} s of training")
     steps.tell(f"{final}: detections.png, attention_*.png, learning.png, results.json; the weights in smca-tiny/")
-    command = "smca eval --weights {0}/smca-tiny/model.safetensors --data {0}/data --size {1} --max-size {2}"
-    steps.tell(f"all twelve numbers: {command.format(final, SIZE, 2 * SIZE)}")
+    steps.tell(f"all twelve numbers: smca eval --weights {final}/smca-tiny/model.safetensors --data {final}/data")
 
 
 def draw_results(folder: Path, data: Path) -> None:
@@ -120,17 +119,16 @@ def draw_results(folder: Path, data: Path) -> None:
     from .detect import best_queries, detect, draw_attention, draw_boxes, write_picture
 
     model = weights.load(folder / "smca-tiny" / "model.safetensors")
-    classes = model.classes or ()
     files = sorted(find_split(data, "val")[0].iterdir())[:SHOWN]
     images = [load_image(file) for file in files]
-    found = detect(model, images, size=SIZE, max_size=2 * SIZE, threshold=SCORE)
-    drawn = [draw_boxes(image, each, classes) for image, each in zip(images, found, strict=True)]
+    found = detect(model, images, threshold=SCORE)
+    drawn = [draw_boxes(image, each, model.classes) for image, each in zip(images, found, strict=True)]
     write_picture(make_grid(drawn, SHOWN_IN_A_ROW, padding=8, pad_value=255), folder / "detections.png")
     fullest = sorted(range(len(files)), key=lambda i: -len(found[i]["boxes"]))[:WITH_ATTENTION]
     for i in fullest:
         image = normalize(images[i])
         path = folder / f"attention_{files[i].stem}.png"
-        draw_attention(model, image, classes, path, queries=best_queries(model, image, 3))
+        draw_attention(model, image, path, queries=best_queries(model, image, 3))
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:

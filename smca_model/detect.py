@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import replacing, write_text
 
+from .evaluate import add_model_arguments, load_model
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from smca_kernels.layers import SpatialPriorOutput
@@ -25,16 +26,12 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHORT_SIDE_OF_PICTURES = 640  # smaller images are enlarged, for the names to be legible
 
 
-def detect(
-    model: SMCA, images: Sequence[Tensor], *, size: int = 800, max_size: int = 1333, threshold: float = 0.5
-) -> list[dict[str, Tensor]]:
+def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
     """Objects in images of any sizes, all in one batch.
 
     Args:
-        model: in evaluation mode; images are moved to its device.
+        model: in evaluation mode; images are moved to its device, and resized as its `image_size` says.
         images: uint8 [3, height, width] each, RGB, as `data.load_image` gives them.
-        size: pixels of the short side that images are resized to; that of the model's training does best.
-        max_size: most pixels of the longest side then.
         threshold: least score.
 
     Returns:
@@ -46,16 +43,16 @@ def detect(
     from .detector import postprocess
 
     with torch.no_grad():
-        outputs = model(_inputs(model, images, size, max_size))
+        outputs = model(_inputs(model, images))
     found = postprocess(outputs, [(image.shape[1], image.shape[2]) for image in images])
     return [{n: t[each["scores"] >= threshold].cpu() for n, t in each.items()} for each in found]
 
 
-def _inputs(model: SMCA, images: Sequence[Tensor], size: int, max_size: int) -> list[Tensor]:
+def _inputs(model: SMCA, images: Sequence[Tensor]) -> list[Tensor]:
     from .data import normalize, resize
 
     device = next(model.parameters()).device
-    return [normalize(resize(image, size, max_size)).to(device) for image in images]
+    return [normalize(resize(image, *model.image_size)).to(device) for image in images]
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -157,7 +154,6 @@ def best_queries(model: SMCA, image: Tensor, count: int) -> list[int]:
 def draw_attention(
     model: SMCA,
     image: Tensor,
-    classes: Sequence[str],
     path: Path,
     *,
     queries: Sequence[int],
@@ -168,7 +164,6 @@ def draw_attention(
     Args:
         model, queries, layer: as `attention_of`.
         image: normalised, [3, height, width], on the model's device.
-        classes: name of each label.
         path: PNG file to write or replace.
     """
     import matplotlib
@@ -203,7 +198,7 @@ def draw_attention(
         point = (prior.reference_logits[0, query].sigmoid().cpu() * torch.tensor([width, height])).tolist()
         left.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
         left.set(xlim=frame[:2], ylim=frame[:1:-1], xticks=[], yticks=[])
-        left.set_title(f"query {query}: {classes[labels[query]]} {scores[query]:.2f}", fontsize=11)
+        left.set_title(f"query {query}: {model.classes[labels[query]]} {scores[query]:.2f}", fontsize=11)
         attention = QueryAttention.of([scale[:, n] for scale in maps], prior, 0, query, strides)
         draw_heads(block, grid, photograph, attention, (point[0], point[1]), frame)
     with replacing(path) as temporary:
@@ -222,13 +217,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    add("--weights", type=Path, required=True, metavar="FILE", help="the detector, as `smca train` writes it")
+    add_model_arguments(parser)
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="default: %(default)s")
     add("--threshold", type=float, default=0.5, metavar="SCORE", help="least score shown; default: %(default)s")
-    add("--size", type=int, default=800, metavar="PX", help="short side of the images; default: %(default)s, as COCO's")
-    add("--max-size", type=int, default=1333, metavar="PX", help="most of the longest side; default: %(default)s")
-    add("--batch-size", type=int, default=4, metavar="N", help="images at once; default: %(default)s")
-    add("--device", metavar="NAME", help="such as cuda or cpu; default: a GPU if there is one")
     add("--attention", action="store_true", help="draw prior and co-attention of queries, per head and scale")
     add("--queries", type=int, nargs="+", metavar="N", help="which; default: the three that are surest")
     add("--layer", type=int, default=-1, metavar="N", help="decoder layer, from 0 or from the end; default: the last")
@@ -241,18 +232,12 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         print(f"smca detect needs {', '.join(missing)}: pip install 'smca_kernels[model,demo]'", file=sys.stderr)
         return 2
-    for name in ("size", "max_size", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     files = _files(args.images)
     from tqdm import tqdm
 
-    from . import weights
     from .data import load_image
 
-    device = _device(args.device)
-    model = weights.load(args.weights).to(device)
-    classes = model.classes or ()
+    model, device = load_model(args)
     queries, layers = model.config.num_queries, model.config.decoder_layers
     if not -layers <= args.layer < layers:
         raise ValueError(f"--layer must be in -{layers} … {layers - 1}, got {args.layer}")
@@ -267,18 +252,18 @@ def run(args: argparse.Namespace) -> int:
     for batch in tqdm(list(_batches(files, args.batch_size)), desc="detection", unit="batch"):
         images = [load_image(file) for file in batch]
         began = time.perf_counter()
-        results = detect(model, images, size=args.size, max_size=args.max_size, threshold=args.threshold)
+        results = detect(model, images, threshold=args.threshold)
         counted.append((len(batch), time.perf_counter() - began))
         for file, image, found in zip(batch, images, results, strict=True):
             height, width = image.shape[1:]
-            records = as_records(found, classes)
+            records = as_records(found, model.classes)
             report.append({"image": str(file), "width": width, "height": height, "detections": records})
-            write_picture(draw_boxes(image, found, classes), args.out / f"{file.stem}_boxes.png")
+            write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
             if args.attention:
-                (resized,) = _inputs(model, [image], args.size, args.max_size)
+                (resized,) = _inputs(model, [image])
                 chosen = args.queries or best_queries(model, resized, 3)
                 path = args.out / f"{file.stem}_attention.png"
-                draw_attention(model, resized, classes, path, queries=chosen, layer=args.layer)
+                draw_attention(model, resized, path, queries=chosen, layer=args.layer)
     write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
     counted = counted[1:] or counted  # the first batch warms up
     speed = sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
@@ -318,17 +303,6 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"images must differ in name without suffix, got {names[file.stem]} and {file}")
         names[file.stem] = file
     return files
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be one of this machine, got {name} ({error})") from None
-    return device
 
 
 def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:

@@ -19,6 +19,7 @@ from .encoder import Encoder, encoder_kinds
 from .position_encoding import sine_position_encoding
 from .presets import Config
 
+COCO_IMAGE_SIZE = (800, 1333)  # short side and most of the longest, as DETR is evaluated
 PRIOR_PROBABILITY = 0.01  # of every class at the start (Lin et al., "Focal Loss for Dense Object Detection", 2017)
 
 
@@ -42,7 +43,9 @@ class SMCA(nn.Module):
 
     Attributes:
         config, backend: as given.
-        classes: name of each label, "N/A" where one means nothing; None until training or loading sets it.
+        classes: name of each label, "N/A" where one means nothing; empty until weights are loaded.
+        image_size: pixels of the short side that images should be resized to, and the most of the longest. Weights
+            carry it; COCO's until then.
 
     Raises:
         ValueError: for a configuration that can't be built, or weights that can't be fetched.
@@ -52,7 +55,8 @@ class SMCA(nn.Module):
         super().__init__()
         self.config = config
         self.backend = backend
-        self.classes: tuple[str, ...] | None = None
+        self.classes: tuple[str, ...] = ()
+        self.image_size = COCO_IMAGE_SIZE
         dim, strides = config.hidden_dim, config.strides
         self.backbone = build_backbone(config.backbone, strides, config.dilation, pretrained_backbone)
         self.input_proj = nn.ModuleList(_projections(self.backbone.channels, strides, dim))

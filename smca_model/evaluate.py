@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .data import CocoDetection
+    from .detector import SMCA
 
 # pycocotools' twelve numbers, in its order.
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -146,15 +147,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca eval`."""
     parser.description = "COCO's twelve numbers (by pycocotools) and the speed of a detector on validation data."
     add = parser.add_argument
-    add("--weights", type=Path, required=True, metavar="FILE", help="the detector, as `smca train` writes it")
     add("--data", type=Path, required=True, metavar="DIR", help="data folder, of which the split val is taken")
-    add("--size", type=int, default=800, metavar="PX", help="short side of the images; default: %(default)s, as COCO's")
-    add("--max-size", type=int, default=1333, metavar="PX", help="most of the longest side; default: %(default)s")
-    add("--batch-size", type=int, default=4, metavar="N", help="images at once; default: %(default)s")
+    add_model_arguments(parser)
     add("--workers", type=int, default=2, metavar="N", help="processes that load images; default: %(default)s")
-    add("--device", metavar="NAME", help="such as cuda or cpu; default: a GPU if there is one")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--detections", type=Path, metavar="FILE", help="write the detections there, in COCO's results format")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which detector and on what, for `load_model`."""
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="FILE", help="the detector, as `smca train` writes it")
+    add("--size", type=int, metavar="PX", help="short side of the images; default: that of the training's evaluations")
+    add("--max-size", type=int, metavar="PX", help="most of the longest side; default: likewise")
+    add("--batch-size", type=int, default=4, metavar="N", help="images at once; default: %(default)s")
+    add("--device", metavar="NAME", help="such as cuda or cpu; default: a GPU if there is one")
+
+
+def load_model(args: argparse.Namespace) -> tuple[SMCA, torch.device]:
+    """The detector on its device; its `image_size` is what `add_model_arguments` gave, where it was given.
+
+    Raises:
+        ValueError: for an option out of range, and a file that holds no weights.
+    """
+    import torch
+
+    from . import weights
+
+    for option in ("size", "max_size", "batch_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one of this machine, got {args.device} ({error})") from None
+    model = weights.load(args.weights)
+    size, max_size = (
+        saved if given is None else given
+        for given, saved in zip((args.size, args.max_size), model.image_size, strict=True)
+    )
+    if size >= max_size:
+        raise ValueError(f"--size must be below --max-size, got {size} and {max_size}")
+    model.image_size = (size, max_size)
+    return model.to(device), device
 
 
 def run(args: argparse.Namespace) -> int:
@@ -167,36 +204,27 @@ def run(args: argparse.Namespace) -> int:
     for option, path in (("--json", args.json), ("--detections", args.detections)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option} must be a file in a folder that exists, got {path}")
-    for option, number, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
-        if number < least:
-            raise ValueError(f"{option} must be at least {least}, got {number}")
-    import torch
-
+    if args.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {args.workers}")
     from smca_kernels.files import write_text
 
-    from . import data, weights
+    from . import data
 
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be one of this machine, got {args.device} ({error})") from None
-    images, annotations = data.find_split(args.data, "val")
-    model = weights.load(args.weights).to(device)
+    model, device = load_model(args)
+    size, max_size = model.image_size
     dataset = data.CocoDetection(
-        images, annotations, train=False, classes=model.classes, sizes=(args.size,), max_size=args.max_size
+        *data.find_split(args.data, "val"), train=False, classes=model.classes, sizes=(size,), max_size=max_size
     )
     detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
     numbers, table = average_precision(dataset.coco, detections)
     print(table)
     print(
-        f"{len(dataset)} images of short side {args.size} pixels: {speed:.1f} images per second on {device}, "
-        "loading aside"
+        f"{len(dataset)} images of short side {size} pixels: {speed:.1f} images per second on {device}, loading aside"
     )
     if args.detections is not None:
         write_text(args.detections, json.dumps(detections))
     if args.json is not None:
         facts = {"weights": str(args.weights), "data": str(args.data), "images": len(dataset), "device": str(device)}
-        facts |= {"size": args.size, "max_size": args.max_size, "batch_size": args.batch_size}
+        facts |= {"size": size, "max_size": max_size, "batch_size": args.batch_size}
         write_text(args.json, json.dumps({**facts, **numbers, "images_per_second": speed}, indent=2) + "\n")
     return 0

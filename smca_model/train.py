@@ -157,6 +157,7 @@ def build_model(settings: Settings, num_classes: int, *, from_weights: bool, dev
                     settings.preset, num_classes, backend=settings.backend, pretrained_backbone=True, **overrides
                 )
             distributed.barrier()
+    model.image_size = (max(settings.sizes), settings.max_size)
     if from_weights and settings.detr_weights:
         tell(str(weights.load_detr(model, settings.detr_weights)))
     return model.to(device)

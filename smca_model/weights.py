@@ -1,6 +1,7 @@
 """Weights: our own files, the authors' checkpoints, and DETR's as a start.
 
-Our files are safetensors that hold the configuration and the class names, so that `load` needs nothing else.
+Our files are safetensors that hold the configuration, the class names and the size of images that the weights are
+meant for, so that `load` needs nothing else.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torch import Tensor
 from smca_kernels.files import replacing
 from smca_kernels.layers import OFFICIAL_NAMES
 
+from .data import NO_CLASS
 from .detector import SMCA
 from .presets import Config
 
 FORMAT = "smca_model 1"
-NOTHING = "N/A"  # the name of a label that means nothing
 
 # Labels are COCO's category ids, which have gaps.
 _COCO = (
@@ -85,7 +86,7 @@ class LoadReport:
 
 
 def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> None:
-    """Write the weights with their configuration and class names; the file is replaced as a whole.
+    """Write the weights with configuration, class names and the model's `image_size`; the file is replaced as a whole.
 
     Args:
         model: what to save.
@@ -101,6 +102,7 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
         "format": FORMAT,
         "config": json.dumps(asdict(model.config)),
         "classes": json.dumps(list(classes), ensure_ascii=False),
+        "image_size": json.dumps(model.image_size),
     }
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
@@ -108,7 +110,7 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
 
 
 def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: Any) -> SMCA:
-    """The detector that `save` wrote, on the CPU, in evaluation mode, with its `classes`.
+    """The detector that `save` wrote, on the CPU, in evaluation mode, with its `classes` and `image_size`.
 
     Args:
         path: the file.
@@ -135,6 +137,7 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: An
     model = SMCA(config, backend=backend)
     _load_strictly(model, state, os.fspath(path))
     model.classes = tuple(json.loads(metadata["classes"]))
+    model.image_size = tuple(json.loads(metadata["image_size"]))
     return model.eval()
 
 
@@ -187,7 +190,7 @@ def load_official(
     _load_strictly(model, renamed, "checkpoint")
     nameless = config.num_classes - len(COCO_CLASSES)
     if nameless in (0, 1):
-        model.classes = COCO_CLASSES + (NOTHING,) * nameless
+        model.classes = COCO_CLASSES + (NO_CLASS,) * nameless
     return model.eval()
 
 

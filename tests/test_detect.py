@@ -15,16 +15,22 @@ pytest.importorskip("torchvision")
 from PIL import Image
 
 from smca_kernels import cli
-from smca_model import build, detect, weights
+from smca_model import SMCA, build, detect, weights
 from smca_model.data import normalize
 
 CLASSES = ("one", "two", "three")
 TINY = {"hidden_dim": 32, "num_heads": 2, "decoder_layers": 2, "num_queries": 6, "ffn_dim": 64}
 
 
+def small_detector(image_size: tuple[int, int] = (48, 96)) -> SMCA:
+    model = build("smca-tiny", len(CLASSES), **TINY).eval()
+    model.image_size = image_size
+    return model
+
+
 @pytest.fixture
 def weights_file(tmp_path: Path) -> Path:
-    model = build("smca-tiny", len(CLASSES), **TINY)
+    model = small_detector()
     weights.save(model, tmp_path / "model.safetensors", CLASSES)
     return tmp_path / "model.safetensors"
 
@@ -36,12 +42,12 @@ def write_image(path: Path, width: int = 64, height: int = 48) -> Path:
 
 
 def test_boxes_are_in_pixels_of_the_image_as_given() -> None:
-    model = build("smca-tiny", len(CLASSES), **TINY).eval()
+    model = small_detector()
     image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
-    large, small = detect.detect(model, [image.repeat(1, 2, 2), image], size=48, max_size=96, threshold=0.0)
+    large, small = detect.detect(model, [image.repeat(1, 2, 2), image], threshold=0.0)
     # One is the other's size doubled, before both are brought to one size; so of equal network inputs.
-    same = detect.detect(model, [torch.nn.functional.interpolate(image[None], scale_factor=2)[0]], size=48, threshold=0)
-    again = detect.detect(model, [image], size=48, threshold=0)
+    same = detect.detect(model, [torch.nn.functional.interpolate(image[None], scale_factor=2)[0]], threshold=0)
+    again = detect.detect(model, [image], threshold=0)
     assert same[0]["boxes"].max() > 1.5 * again[0]["boxes"].max()
     for found, (height, width) in ((large, (80, 120)), (small, (40, 60))):
         assert len(found["boxes"]) == 18
@@ -52,11 +58,11 @@ def test_boxes_are_in_pixels_of_the_image_as_given() -> None:
 
 
 def test_nothing_below_the_threshold_is_found() -> None:
-    model = build("smca-tiny", len(CLASSES), **TINY).eval()
+    model = small_detector()
     image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
-    (everything,) = detect.detect(model, [image], size=48, threshold=0.0)
+    (everything,) = detect.detect(model, [image], threshold=0.0)
     middle = float(everything["scores"].median())
-    (found,) = detect.detect(model, [image], size=48, threshold=middle)
+    (found,) = detect.detect(model, [image], threshold=middle)
     assert 0 < len(found["scores"]) < len(everything["scores"])
     assert (found["scores"] >= middle).all()
 
@@ -88,16 +94,16 @@ def test_the_attention_is_that_of_the_layer(preset: str) -> None:
 
 
 def test_a_layer_that_is_not_there_is_refused() -> None:
-    model = build("smca-tiny", len(CLASSES), **TINY).eval()
+    model = small_detector()
     with pytest.raises(ValueError, match="layer must be in -2 … 1, got 2"):
         detect.attention_of(model, torch.randn(3, 48, 48), queries=[0], layer=2)
 
 
 def test_the_best_queries_are_those_of_the_best_detections() -> None:
-    model = build("smca-tiny", len(CLASSES), **TINY).eval()
+    model = small_detector()
     image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
     best = detect.best_queries(model, normalize(image), 2)
-    (found,) = detect.detect(model, [image], size=48, threshold=0.0)
+    (found,) = detect.detect(model, [image], threshold=0.0)
     with torch.no_grad():
         box = model([normalize(image)])["pred_boxes"][0, best[0]] * 48
     torch.testing.assert_close(found["boxes"][0], torch.cat((box[:2] - box[2:] / 2, box[:2] + box[2:] / 2)))
@@ -124,8 +130,8 @@ def test_the_command_writes_boxes_pictures_and_the_speed(
     (folder / "notes.txt").write_text("no image")
     alone = write_image(tmp_path / "c.png", 20, 90)
     out = tmp_path / "found"
-    command = ["detect", str(folder), str(alone), "--weights", str(weights_file), "--out", str(out), "--size", "48"]
-    assert cli.main([*command, "--threshold", "0", "--max-size", "96", "--batch-size", "2"]) == 0
+    command = ["detect", str(folder), str(alone), "--weights", str(weights_file), "--out", str(out)]
+    assert cli.main([*command, "--threshold", "0", "--batch-size", "2"]) == 0
     report = json.loads((out / "detections.json").read_text())
     assert [each["image"] for each in report] == [str(path) for path in (files[1], files[0], alone)]
     assert [(each["width"], each["height"]) for each in report] == [(50, 70), (64, 48), (20, 90)]
@@ -139,9 +145,22 @@ def test_the_command_writes_boxes_pictures_and_the_speed(
     assert "images per second on " in told
 
 
+@pytest.mark.parametrize(("options", "sides"), [([], (48, 72)), (["--size", "40"], (40, 60))])
+def test_images_are_resized_as_the_weights_say_unless_told_otherwise(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], sides: tuple[int, int]
+) -> None:
+    seen = []
+    real = SMCA.forward
+    monkeypatch.setattr(SMCA, "forward", lambda self, images: seen.append(images[0].shape[1:]) or real(self, images))
+    image = write_image(tmp_path / "image.png", 90, 60)
+    command = ["detect", str(image), "--weights", str(weights_file), "--out", str(tmp_path / "found")]
+    assert cli.main([*command, *options]) == 0
+    assert seen == [sides]
+
+
 def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: Path) -> None:
     image, out = write_image(tmp_path / "image.png"), tmp_path / "found"
-    command = ["detect", str(image), "--weights", str(weights_file), "--out", str(out), "--size", "48"]
+    command = ["detect", str(image), "--weights", str(weights_file), "--out", str(out)]
     assert cli.main([*command, "--attention", "--queries", "1", "--layer", "0"]) == 0
     with Image.open(out / "image_attention.png") as picture:
         assert min(picture.size) > 300
@@ -155,6 +174,8 @@ def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: 
         (["image.png", "--layer", "2"], "--layer must be in -2 … 1, got 2"),
         (["image.png", "--queries", "6"], "--queries must be in 0 … 5, got"),
         (["image.png", "--size", "0"], "--size must be at least 1, got 0"),
+        (["image.png", "--size", "96"], "--size must be below --max-size, got 96 and 96"),
+        (["image.png", "--device", "gpux"], "--device must be one of this machine, got gpux"),
         (["image.png", "other/image.jpg"], "images must differ in name without suffix"),
         (["text.png"], "image text.png can't be read"),
         (["image.png", "--out", "text.png"], "--out must be a folder that can be written, got text.png"),

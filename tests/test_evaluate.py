@@ -199,8 +199,9 @@ def weights_file(tmp_path: Path) -> Path:
     pytest.importorskip("safetensors")
     from smca_model import build, weights
 
-    tiny = {"hidden_dim": 32, "num_heads": 2, "decoder_layers": 2, "ffn_dim": 32, "num_queries": 5}
-    weights.save(build("smca-tiny", 2, **tiny), tmp_path / "w.safetensors", ("cat", "dog"))
+    model = build("smca-tiny", 2, hidden_dim=32, num_heads=2, decoder_layers=2, ffn_dim=32, num_queries=5)
+    model.image_size = (32, 64)
+    weights.save(model, tmp_path / "w.safetensors", ("cat", "dog"))
     return tmp_path / "w.safetensors"
 
 
@@ -215,18 +216,27 @@ def test_smca_eval_prints_the_twelve_numbers_and_writes_them(
 ) -> None:
     write_coco(tmp_path / "set", OBJECTS, sizes=SIZES)
     numbers, found = tmp_path / "numbers.json", tmp_path / "found.json"
-    common = ("--data", tmp_path / "set", "--size", 32, "--workers", 0, "--device", "cpu")
+    common = ("--data", tmp_path / "set", "--workers", 0, "--device", "cpu")
     assert run("--weights", weights_file, *common, "--json", numbers, "--detections", found) == 0
     printed = capsys.readouterr().out
     assert printed.count("Average Precision") == printed.count("Average Recall") == 6
     assert "3 images of short side 32 pixels: " in printed
     assert " images per second on cpu" in printed
     report = json.loads(numbers.read_text())
-    assert {*module.NAMES, "images_per_second", "images", "size", "weights"} <= set(report)
+    assert {*module.NAMES, "images_per_second", "images", "weights"} <= set(report)
+    assert (report["size"], report["max_size"]) == (32, 64)
     detections = json.loads(found.read_text())
     assert len(detections) == 3 * 5 * 2  # every query and class
     assert {detection["category_id"] for detection in detections} == {3, 7}
     assert all(set(detection) == {"image_id", "category_id", "bbox", "score"} for detection in detections)
+
+
+def test_smca_eval_takes_another_size_where_it_is_given(tmp_path: Path, weights_file: Path) -> None:
+    write_coco(tmp_path / "set", OBJECTS, sizes=SIZES)
+    options = ("--size", 40, "--max-size", 100, "--workers", 0, "--device", "cpu", "--json", tmp_path / "n.json")
+    assert run("--weights", weights_file, "--data", tmp_path / "set", *options) == 0
+    report = json.loads((tmp_path / "n.json").read_text())
+    assert (report["size"], report["max_size"]) == (40, 100)
 
 
 def test_smca_eval_refuses_weights_of_other_classes(tmp_path: Path, weights_file: Path) -> None:

@@ -88,8 +88,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_weights_that_load_alone(run: Path) -> None:
     model = weights.load(run / "model.safetensors")
     assert model.config.hidden_dim == 32
-    assert model.classes is not None
     assert model.classes[7] == "seven"
+    assert model.image_size == (SIZE, 2 * SIZE)
 
 
 def test_the_weights_for_use_are_those_of_the_moving_average(run: Path) -> None:

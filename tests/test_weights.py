@@ -225,6 +225,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_its_path(tmp_path):
 
 def test_a_saved_model_loads_with_its_configuration_and_classes_and_no_other_argument(tmp_path):
     model = tiny_detector(MULTI, share_ffn=False)
+    model.image_size = (48, 96)
     weights.save(model, tmp_path / "model.safetensors", CLASSES)
 
     loaded = weights.load(tmp_path / "model.safetensors")
@@ -232,6 +233,7 @@ def test_a_saved_model_loads_with_its_configuration_and_classes_and_no_other_arg
     images = [torch.randn(3, 40, 56)]
     assert loaded.config == model.config
     assert loaded.classes == CLASSES
+    assert loaded.image_size == (48, 96)
     assert not loaded.training
     assert torch.equal(loaded(images)["pred_boxes"], model(images)["pred_boxes"])
 
