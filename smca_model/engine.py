@@ -113,7 +113,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.ema: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
             self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.parallel: Any = model
         if distributed.world_size() > 1:
@@ -175,7 +175,7 @@ class Trainer:
                 values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
                 named = dict(zip(losses, values, strict=True))
                 check_losses(named, targets, self.model.config.decoder_layers, self.step)
-                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(total).backward()
             for name, value in named.items():
                 report[name] = report.get(name, 0.0) + value * weight
         self.scaler.unscale_(self.optimizer)
