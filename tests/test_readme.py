@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def code_block(language: str) -> str:
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def code_block(language: str, containing: str = "") -> str:
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if containing in block)
     return block
 
 
@@ -29,10 +30,19 @@ def decoder_layer(sign: str) -> Any:
 
 def test_the_example_of_the_operator_runs(capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {}
-    exec(code_block("python"), namespace)
+    exec(code_block("python", "smca_kernels"), namespace)
     assert namespace["output"].shape == (2, 8, 300, 32)
     assert namespace["query"].grad.isfinite().all()
     assert str(namespace["explain_backend"](*namespace["inputs"])) in capsys.readouterr().out
+
+
+def test_the_example_of_the_detector_runs() -> None:
+    pytest.importorskip("torchvision")
+    namespace: dict[str, Any] = {}
+    exec(code_block("python", "smca_model"), namespace)
+    detections, images = namespace["detections"], namespace["images"]
+    assert len(detections) == len(images)
+    assert all(set(found) == {"scores", "labels", "boxes"} for found in detections)
 
 
 def test_the_decoder_layer_runs_before_and_after_the_change() -> None:
