@@ -5,6 +5,7 @@ Importing needs neither a GPU nor Triton: Triton is imported when a call first r
 
 from .attention import attention_map, explain_backend, smca_attention
 from .layers import SpatiallyModulatedCoAttention, SpatialPrior
+from .scale_profile import profile
 
 __version__ = "0.1.0"
 
@@ -14,5 +15,6 @@ __all__ = [
     "__version__",
     "attention_map",
     "explain_backend",
+    "profile",
     "smca_attention",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -27,6 +27,9 @@ Inputs: TypeAlias = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, reference.SpatialShapes, Tensor | None, Tensor | None,
     float, float,
 ]  # fmt: skip
+
+# Of a backend's name and function, the function to call instead: how `smca_kernels.profile` sees calls. Usually unset.
+watch: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,10 @@ def smca_attention(
         query, key, value, center, precision, scale_weights, spatial_shapes, valid_shapes, key_padding_mask,
         dropout_p, scale,
     )  # fmt: skip
-    attention = _module(_choose(backend, inputs)[0]).attention
+    backend = _choose(backend, inputs)[0]
+    attention = _module(backend).attention
+    if watch is not None:
+        attention = watch(backend, attention)
     if dtype is None:
         return attention(*inputs)
     # The dtypes are settled; autocast inside a backend would round the prior.

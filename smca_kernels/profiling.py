@@ -16,6 +16,8 @@ from torch import Tensor
 from .attention import BACKENDS, explain_backend
 from .parity import Inputs
 
+HEAD_START_CYCLES = 2_000_000  # of a GPU: 1 ms, in which the host launches a hundred kernels
+
 
 def available_backends(inputs: Inputs) -> tuple[list[str], dict[str, str]]:
     """The fused backends that can be run and timed here, and the reason against each other one."""
@@ -38,7 +40,7 @@ def available_backends(inputs: Inputs) -> tuple[list[str], dict[str, str]]:
 
 
 def interleaved_times(
-    calls: Mapping[str, Callable[[int], object]], repeats: int, device: torch.device
+    calls: Mapping[str, Callable[[int], object]], repeats: int, device: torch.device, *, ahead: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each call, measured in turns, so that a slow moment of the machine hits all of them.
 
@@ -46,6 +48,7 @@ def interleaved_times(
         calls: by name, functions of the number of the repeat (to take other inputs each time).
         repeats: measurements of each call, after one that does not count.
         device: where the work happens; on a GPU its own clock (CUDA events) is read, else the wall clock.
+        ahead: give the host a head start on the GPU, which then never waits for it: the time of its work alone.
     """
     for call in calls.values():
         call(0)
@@ -62,6 +65,8 @@ def interleaved_times(
     for repeat in range(repeats):
         for name, call in calls.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if ahead:
+                torch.cuda._sleep(HEAD_START_CYCLES)
             begin.record()
             call(repeat)
             end.record()
