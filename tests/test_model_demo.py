@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 for package in (
     "matplotlib",
@@ -103,3 +104,29 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2
     assert "needs scikit-learn: pip install 'smca_kernels[model,demo]'" in capsys.readouterr().err
+
+
+def test_the_number_of_threads_is_the_fastest_and_put_back_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("threads matter on a CPU")
+    before = torch.get_num_threads()
+    trained_with: list[int] = []
+    real = train.Trainer.train_step
+
+    def train_step(self: train.Trainer, batches: Any) -> dict[str, float]:
+        trained_with.append(torch.get_num_threads())
+        return real(self, batches)
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    # As on a busy machine: the more threads, the slower.
+    monkeypatch.setattr(demo, "interleaved_times", lambda *_: {"step": [float(torch.get_num_threads())]})
+    torch.set_num_threads(2)
+    try:
+        demo.run_detector(tmp_path, compare=False, seed=1)
+        assert trained_with == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert "2: 2.00 s a step, 1: 1.00 s a step; 1 it is" in capsys.readouterr().out
