@@ -55,9 +55,11 @@ def batches(
     return [order[start + rank * size :][:size] for start in starts]
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C, torchrun and schedulers signal whole process groups; the training process alone decides what it means.
+    # Workers still end when it tells them to, or is gone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Batch]]:
@@ -77,7 +79,7 @@ def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Bat
             num_workers=settings.workers,
             collate_fn=collate,
             pin_memory=trainer.device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
         )
     )
     while micro_batches := list(islice(loader, settings.accumulate)):
