@@ -24,6 +24,7 @@ COMMANDS = {
     "parity": ("smca_kernels.parity", "check every backend here against PyTorch in float64"),
     "cost": ("smca_kernels.static_cost", "compile the kernels without a GPU and count their instructions"),
     "bench": ("benchmarks.bench_attention", "time and memory of every backend here against naive PyTorch"),
+    "bench-model": ("benchmarks.bench_model", "detectors with naive and fused co-attention: time, memory, batch"),
     "profile": ("smca_kernels.profile_command", "what each scale of the co-attention costs, call by call"),
     "env": ("smca_kernels.environment", "versions, devices and the backend of each dtype, for a bug report"),
 }

@@ -84,12 +84,10 @@ def _workload(args: argparse.Namespace, device: torch.device, dtype: str) -> Cal
     from benchmarks.workloads import WORKLOADS
 
     from .attention import smca_attention
-    from .parity import make_inputs
 
     if args.workload not in WORKLOADS:
         raise ValueError(f"--workload must be one of {', '.join(WORKLOADS)}, got {args.workload}")
-    generator = torch.Generator().manual_seed(SEED)
-    arguments = make_inputs(WORKLOADS[args.workload].case(dtype), generator, device).arguments()
+    arguments = WORKLOADS[args.workload].inputs(dtype, SEED, device).arguments()
 
     def call() -> None:
         with torch.set_grad_enabled(args.training):
