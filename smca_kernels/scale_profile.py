@@ -315,9 +315,10 @@ class _Call:
 
     def seconds(self, name: str, repeats: int) -> list[float]:
         """Median seconds of the call as it is, then of each scale on its own."""
+        # Chrome traces are ASCII.
         subjects = {f"{name}, {self.step}, all scales": self}
         for s, (height, width) in enumerate(self.spatial_shapes):
-            subjects[f"{name}, {self.step}, scale {s + 1} ({height}×{width})"] = self.of_scale(s)
+            subjects[f"{name}, {self.step}, scale {s + 1} ({height}x{width})"] = self.of_scale(s)
 
         def labelled(label: str, call: _Call, repeat: int) -> None:
             with record_function(label):
@@ -416,7 +417,7 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if not (func.is_view or "empty" in name):
+        if not (func.is_view or name == "_unsafe_view" or "empty" in name):
             given = () if name.startswith("new_") or name.endswith("_like") else (args, kwargs)
             tensors = (leaf for leaf in tree_leaves((given, result)) if isinstance(leaf, Tensor))
             self.bytes += sum(_distinct_bytes(tensor) for tensor in tensors)
