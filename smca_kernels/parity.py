@@ -539,35 +539,56 @@ def neighbours(inputs: Inputs) -> Iterator[Inputs]:
         yield dataclasses.replace(inputs, **moved, grad_output=move(inputs.grad_output))
 
 
-def compare_results(actual: dict[str, Tensor], inputs: Inputs) -> list[Comparison]:
-    """Output and gradients, as from `run_backend`, against their budgets: one a tensor and scale.
+@dataclass(frozen=True)
+class Expectation:
+    """What output and gradients of some inputs are held against; `compare` may be asked about any number of results.
 
     Of small inputs, eager's error is the largest on them and on `NEIGHBOURS` neighbours: the gradients of a few
     queries are few numbers, and eager's rounding errors may happen to be small in all of them.
     """
-    eager, wide = run_reference(inputs), inputs.double()
-    oracle, sums = run_reference(wide), absolute_sums(wide)
-    eager_errors = largest_errors(eager, oracle, inputs.spatial_shapes)
-    for neighbour in neighbours(inputs) if inputs.query.numel() <= FEW else ():
-        results = run_reference(neighbour), run_reference(neighbour.double())
-        for name, errors in largest_errors(*results, inputs.spatial_shapes).items():
-            eager_errors[name] = [max(pair) for pair in zip(eager_errors[name], errors, strict=True)]
-    comparisons = []
-    for name in oracle:
-        parts = [_by_scale(name, each[name], inputs.spatial_shapes) for each in (actual, oracle, eager)]
-        for s, (ours, exact, plain) in enumerate(zip(*parts, strict=True)):
-            comparisons.append(
-                compare(
-                    ours,
-                    exact,
-                    plain,
-                    name if len(parts[0]) == 1 else f"{name} at scale {s}",
-                    dtype=inputs.query.dtype,
-                    absolute_sum=sums[name][s],
-                    eager_error=eager_errors[name][s],
+
+    inputs: Inputs
+    oracle: dict[str, Tensor]
+    eager: dict[str, Tensor]
+    absolute_sums: dict[str, list[float]]
+    eager_errors: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Expectation:
+        eager, wide = run_reference(inputs), inputs.double()
+        oracle = run_reference(wide)
+        eager_errors = largest_errors(eager, oracle, inputs.spatial_shapes)
+        for neighbour in neighbours(inputs) if inputs.query.numel() <= FEW else ():
+            results = run_reference(neighbour), run_reference(neighbour.double())
+            for name, errors in largest_errors(*results, inputs.spatial_shapes).items():
+                eager_errors[name] = [max(pair) for pair in zip(eager_errors[name], errors, strict=True)]
+        return cls(inputs, oracle, eager, absolute_sums(wide), eager_errors)
+
+    def compare(self, actual: dict[str, Tensor]) -> list[Comparison]:
+        """Results by name, those that there are, against their budgets: one a tensor and scale."""
+        comparisons = []
+        for name in actual:
+            each = actual[name], self.oracle[name], self.eager[name]
+            parts = [_by_scale(name, tensor, self.inputs.spatial_shapes) for tensor in each]
+            for s, (ours, exact, plain) in enumerate(zip(*parts, strict=True)):
+                comparisons.append(
+                    compare(
+                        ours,
+                        exact,
+                        plain,
+                        name if len(parts[0]) == 1 else f"{name} at scale {s}",
+                        dtype=self.inputs.query.dtype,
+                        absolute_sum=self.absolute_sums[name][s],
+                        eager_error=self.eager_errors[name][s],
+                    )
                 )
-            )
-    return comparisons
+        return comparisons
+
+
+def compare_results(actual: dict[str, Tensor], inputs: Inputs) -> list[Comparison]:
+    """Output and gradients, as from `run_backend`, against their budgets: one a tensor and scale."""
+    expectation = Expectation.of(inputs)
+    return expectation.compare({name: actual[name] for name in expectation.oracle})
 
 
 def check(inputs: Inputs, backend: str) -> list[Comparison]:
