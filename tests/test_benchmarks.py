@@ -1,36 +1,64 @@
-"""`smca bench`: its tables, its rows, and the JSON it writes, on a workload of a few cells."""
+"""`smca bench`: its tables, parity gate, rows, bars and the JSON it writes, on workloads of a few cells."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import bench_attention, small_shapes
-from benchmarks.bench_attention import Repeats, Subject
-from benchmarks.workloads import BARS, BOTH, FORWARD, MEASURES, WORKLOADS, Bar, Workload
+from benchmarks import bench_attention, peers, small_shapes
+from benchmarks.bench_attention import Clock, Effort, Gate, Parity, Report, Subject
+from benchmarks.peers import PEERS, Peer
+from benchmarks.workloads import BARS, BOTH, DEFAULT_WORKLOADS, DTYPES, FORWARD, MEASURES, WORKLOADS, Bar, Workload
+from smca_kernels import reference
+from smca_kernels.parity import Inputs
 
 CPU = torch.device("cpu")
-FEW_CELLS = Workload("few cells", 2, 5, 2, 16, ((4, 5), (2, 3)))
-BACKENDS = {"reference": "reference", "sdpa": "auto"}
+FEW_CELLS = Workload("few cells", 2, ((4, 5), (2, 3)), queries=5, heads=2, head_dim=16)
+QUICK = Effort(0.0, 2, 2, 2)
+NAIVE_AND_OURS = {name: PEERS[name] for name in ("naive", "sdpa")}
 PARITY_STEPS = {f"parity-{dtype}" for dtype in ("float32", "float16", "bfloat16")}
 SCRIPT = Path(bench_attention.__file__).with_name("gpu_run.sh")
 
 
 @pytest.fixture
 def subject() -> Subject:
-    return Subject(FEW_CELLS, "float32", CPU, BACKENDS)
+    return Subject(FEW_CELLS, "float32", CPU, NAIVE_AND_OURS)
+
+
+def report_of(subject: Subject) -> Report:
+    described = {name: bench_attention.describe_peer(peer) for name, peer in subject.peers.items()}
+    return Report({"device": subject.device.type}, defaults={subject.dtype: "sdpa"}, peers=described)
+
+
+# --------------------------------------------------------------------------------------------------------- workloads
 
 
 def test_detector_workload_is_the_one_that_the_bars_are_stated_for() -> None:
-    detector = WORKLOADS["detector"]
+    detector = WORKLOADS["full-b2"]
     assert (detector.batch, detector.queries, detector.heads, detector.head_dim) == (2, 300, 8, 32)
     assert detector.spatial_shapes == ((50, 84), (25, 42), (13, 21))
+
+
+def test_every_grid_is_measured_at_every_batch_size() -> None:
+    found = {(workload.name.split("-")[0], workload.batch) for workload in WORKLOADS.values()}
+    assert {(grid, batch) for grid in ("basic", "dc5", "full", "pyramid") for batch in (1, 2, 16)} <= found
+    assert WORKLOADS["full-b2-900"].queries == 900
+    assert WORKLOADS["full-b2-d64"].head_dim == 64
+
+
+def test_defaults_of_a_device_exist_and_start_with_what_the_bars_name() -> None:
+    for names in DEFAULT_WORKLOADS.values():
+        assert set(names) <= set(WORKLOADS)
+        assert names[0] == "full-b2"
 
 
 def test_workload_has_the_inputs_that_it_says(subject: Subject) -> None:
@@ -38,101 +66,336 @@ def test_workload_has_the_inputs_that_it_says(subject: Subject) -> None:
     assert inputs.query.shape == (2, 2, 5, 16)
     assert inputs.key.shape == (2, 2, 26, 16)
     assert inputs.center.shape == (2, 2, 5, 2, 2)
+    assert inputs.valid_shapes is None
     assert all(tensor.requires_grad for tensor in inputs.differentiable().values())
 
 
-def test_every_bar_names_a_measure_and_step_that_are_measured() -> None:
+def test_padded_workload_is_three_tenths_padding_and_counts_no_padded_element() -> None:
+    padded = Workload("padded", 2, ((10, 20),), queries=3, heads=2, image_share=0.7)
+    inputs = padded.inputs("float32", 0, CPU)
+    ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, None)[0]
+    assert ignored is not None
+    assert ignored.float().mean().item() == pytest.approx(0.3)
+    assert padded.elements == 2 * 3 * int((~ignored).sum())
+
+
+# -------------------------------------------------------------------------------------------------------------- bars
+
+
+def test_every_bar_names_what_is_measured() -> None:
+    bases = {*PEERS, "fastest", "limit", "inputs", "inputs + outputs of each scale", "torch SDPA"}
     for bar in BARS:
         assert bar.measure in MEASURES
         assert bar.step in (FORWARD, BOTH)
+        assert bar.peer in {*PEERS, "default"}
+        assert bar.against in bases
+        assert set(bar.workloads) <= set(WORKLOADS)
+        assert set(bar.dtypes) <= set(DTYPES["cuda"])
+        assert (bar.at_least is None) != (bar.at_most is None)
 
 
-@pytest.mark.parametrize(
-    ("value", "met"), [(10.0, True), (100.0, True), (100.1, False)], ids=["faster", "just", "slower"]
-)
-def test_speed_bar_is_met_from_its_limit_on(subject: Subject, value: float, met: bool) -> None:
-    row = subject.row("time", FORWARD, "sdpa", [value], base=800.0)
-    assert (row.bar, row.met) == ("≥ 8 ×", met)
-    assert row.ratio == pytest.approx(800.0 / value)
+def judged(subject: Subject, bar: Bar, monkeypatch: pytest.MonkeyPatch, **values: float) -> list[bool]:
+    """Whether a bar is met, for every row that it judges; one value a peer, "-" in names for "_"."""
+    report = report_of(subject)
+    report.rows = [
+        subject.row(bar.measure, bar.step, name.replace("_", "-"), [value]) for name, value in values.items()
+    ]
+    monkeypatch.setattr(bench_attention, "BARS", (bar,))
+    return [verdict.met for verdict in bench_attention.verdicts(report)]
+
+
+@pytest.mark.parametrize(("value", "met"), [(10.0, True), (100.0, True), (100.1, False)])
+def test_speed_bar_is_met_from_its_limit_on(
+    subject: Subject, value: float, met: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = Bar("time", FORWARD, "default", "naive", at_least=8.0)
+    assert judged(subject, bar, monkeypatch, naive=800.0, sdpa=value) == [met]
 
 
 @pytest.mark.parametrize(("value", "met"), [(49.9, True), (50.1, False)])
-def test_overhead_bar_adds_its_microseconds_to_the_multiple(subject: Subject, value: float, met: bool) -> None:
-    row = subject.row("overhead", FORWARD, "sdpa", [value], base=10.0)
-    assert (row.bar, row.met) == ("≤ 2 × + 30 µs", met)
+def test_bar_with_a_surplus_adds_it_to_the_multiple(
+    subject: Subject, value: float, met: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = Bar("overhead", FORWARD, "default", "naive", at_most=2.0, plus=30.0)
+    assert judged(subject, bar, monkeypatch, naive=10.0, sdpa=value) == [met]
 
 
-def test_bar_for_a_cpu_does_not_judge_a_gpu() -> None:
-    on_gpu = Subject(FEW_CELLS, "float16", torch.device("cuda"), {"triton": "auto"})
-    assert on_gpu.row("time", FORWARD, "triton", [1.0], base=2.0).met is None
+def test_bar_judges_only_its_device_workloads_and_dtypes(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = Bar("time", FORWARD, "default", "naive", at_least=8.0)
+    for other in ({"device": "cuda"}, {"workloads": ("full-b2",)}, {"dtypes": ("bfloat16",)}):
+        changed = dataclasses.replace(bar, **other)
+        assert judged(subject, changed, monkeypatch, naive=1.0, sdpa=1.0) == []
 
 
-def test_bar_for_the_default_backend_does_not_judge_another() -> None:
-    assert any(bar.backend == "default" and bar.measure == "time" for bar in BARS)
-    explicit = Subject(FEW_CELLS, "float32", CPU, {"sdpa": "sdpa"})
-    assert explicit.row("time", FORWARD, "sdpa", [1.0], base=2.0).met is None
+def test_bar_of_the_default_backend_does_not_judge_another(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = Bar("time", FORWARD, "default", "naive", at_least=8.0)
+    assert judged(subject, bar, monkeypatch, naive=1.0, triton=1.0) == []
+
+
+def test_fastest_is_the_fastest_peer_that_computes_the_same_within_its_budget(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = dataclasses.replace(subject, peers=PEERS)
+    report = report_of(subject)
+    times = {"naive": 9.0, "sdpa-mask": 6.0, "sdpa-wide": 4.0, "plain-sdpa": 1.0, "triton": 1.0, "sdpa": 5.0}
+    report.rows = [subject.row("time", FORWARD, name, [value]) for name, value in times.items()]
+    report.parity = [Parity(FEW_CELLS.name, "float32", "sdpa-wide", 3.0, "key", 7.0)]
+    monkeypatch.setattr(bench_attention, "BARS", (Bar("time", FORWARD, "default", "fastest", at_least=1.3),))
+    (verdict,) = bench_attention.verdicts(report)
+    assert (verdict.against, verdict.base, verdict.met) == ("sdpa-mask", 6.0, False)
+
+
+def test_missed_bar_fails_the_run(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "BARS", (Bar("saved", FORWARD, "sdpa", "inputs", at_most=0.5),))
+    report = report_of(subject)
+    bench_attention.measure_all([FEW_CELLS], ["float32"], NAIVE_AND_OURS, CPU, QUICK, report, 60.0)
+    assert [verdict["met"] for verdict in report.as_json()["bars"]] == [False]
+    assert not report.as_json()["passed"]
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
 
 
 def test_row_gives_median_and_quantiles(subject: Subject) -> None:
-    row = subject.row("time", BOTH, "sdpa", [5.0, 1.0, 2.0, 4.0, 3.0, 100.0], base=35.0)
-    assert (row.value, row.q20, row.q80, row.repeats, row.ratio) == (3.5, 2.0, 5.0, 6, 10.0)
+    row = subject.row("time", BOTH, "sdpa", [5.0, 1.0, 2.0, 4.0, 3.0, 100.0])
+    assert (row.value, row.q20, row.q80, row.repeats, row.unit) == (3.5, 2.0, 5.0, 6, "ms")
 
 
 def test_sizes_are_those_of_the_tensors(subject: Subject) -> None:
     inputs = subject.inputs()
-    assert bench_attention.input_bytes(inputs) == 4 * (2 * 2 * (5 + 26 + 26) * 16 + 2 * 2 * 5 * 2 * (2 + 2 + 1))
+    given = 4 * (2 * 2 * (5 + 26 + 26) * 16 + 2 * 2 * 5 * 2 * (2 + 2 + 1))
+    assert bench_attention.input_bytes(inputs) == given
+    assert bench_attention.output_bytes(inputs) == given + 4 * 2 * 2 * 5 * 16
     assert bench_attention.per_scale_bytes(inputs) == 4 * 2 * (2 * 2 * 5 * 16 + 2 * 2 * 5)
 
 
-def test_bench_reports_every_measure_and_its_rows_survive_json(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_repeats_fill_the_time_between_least_and_most() -> None:
+    effort = Effort(6.0, 3, 30, 1)
+    assert [effort.repeats(seconds) for seconds in (0.01, 0.5, 6.0)] == [30, 12, 3]
+
+
+def test_inputs_are_rotated_past_the_caches_by_their_size(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = bench_attention.input_bytes(subject.inputs())
+    monkeypatch.setattr(bench_attention, "ROTATED_BYTES", 2.5 * size)
+    sets = bench_attention.rotated_inputs(subject)
+    assert len(sets) == 3
+    assert len({inputs.query.sum().item() for inputs in sets}) == 3
+
+
+# ------------------------------------------------------------------------------------------------------- parity gate
+
+
+def wrong_in(name: str) -> Peer:
+    """Naive with a gradient, or its output, a thousandth too large."""
+
+    def attend(inputs: Inputs) -> Tensor:
+        if name == "output":
+            return peers.naive(inputs) * 1.001
+        tensor = getattr(inputs, name)
+        return peers.naive(dataclasses.replace(inputs, **{name: tensor + 1e-3 * (tensor - tensor.detach())}))
+
+    return Peer("wrong", "", attend)
+
+
+@pytest.mark.parametrize("name", ["output", "query", "key", "value", "center", "precision", "scale_weights"])
+def test_gate_sees_an_error_in_the_output_and_in_each_gradient(subject: Subject, name: str) -> None:
+    parity = Gate.of(subject).check(wrong_in(name), BOTH)
+    assert not parity.within
+    if name != "output":
+        assert parity.worst.split(" ")[0] == name
+
+
+def test_gate_passes_naive_and_ours_and_does_without_a_backward(subject: Subject) -> None:
+    gate = Gate.of(subject)
+    assert all(gate.check(peer, step).within for peer in NAIVE_AND_OURS.values() for step in (FORWARD, BOTH))
+    assert gate.check(wrong_in("key"), FORWARD).within
+    assert not gate.check(wrong_in("output"), FORWARD).within
+
+
+def test_gate_compares_some_heads_of_one_image_of_a_large_workload(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = Workload("tiny", 1, 2, 1, 16, ((2, 2),))
-    monkeypatch.setattr(bench_attention, "WORKLOADS", {"detector": FEW_CELLS, "tiny": tiny})
-    monkeypatch.setattr(bench_attention, "QUICK_REPEATS", {"cpu": Repeats(time=2, overhead=2)})
+    monkeypatch.setattr(bench_attention, "GATE_ELEMENTS", {"cpu": 5 * 26})
+    gate = Gate.of(subject)
+    assert gate.part.query.shape == (1, 1, 5, 16)
+    assert torch.equal(gate.part.key, gate.inputs.key[gate.image : gate.image + 1, gate.heads])
+    assert gate.check(PEERS["naive"], BOTH).within
+
+
+def admitted(subject: Subject, *others: Peer, clock: Clock | None = None) -> tuple[dict[str, list[str]], Report]:
+    subject = dataclasses.replace(subject, peers={**NAIVE_AND_OURS, **{peer.name: peer for peer in others}})
+    report = report_of(subject)
+    return bench_attention.admit(subject, clock or Clock(60.0), report), report
+
+
+def test_backend_of_ours_off_parity_is_not_measured_and_fails_the_run(subject: Subject) -> None:
+    ours = dataclasses.replace(wrong_in("key"), name="sdpa", ours=True)
+    names, report = admitted(subject, ours)
+    assert names == {FORWARD: ["naive"], BOTH: ["naive"]}
+    assert "PARITY FAILED: key" in report.not_measured[0].reason
+    assert not report.as_json()["passed"]
+
+
+def test_other_peer_off_parity_is_measured_and_its_error_published(subject: Subject) -> None:
+    names, report = admitted(subject, wrong_in("key"))
+    assert "wrong" in names[BOTH]
+    (parity,) = (each for each in report.as_json()["parity"] if each["peer"] == "wrong")
+    assert not parity["within"]
+    assert parity["ratio"] > 1
+    assert report.as_json()["passed"]
+
+
+def test_peer_that_fails_says_why_and_the_others_go_on(subject: Subject) -> None:
+    def fail(inputs: Inputs) -> Tensor:
+        raise RuntimeError("no kernel\nfor this")
+
+    names, report = admitted(subject, Peer("failing", "", fail))
+    assert names == {FORWARD: ["naive", "sdpa"], BOTH: ["naive", "sdpa"]}
+    assert [(left.peer, left.step, left.reason) for left in report.not_measured] == [
+        ("failing", "", "RuntimeError: no kernel for this")
+    ]
+
+
+def test_peer_without_a_backward_is_measured_forward(subject: Subject) -> None:
+    reason = "no backward here"
+    peer = dataclasses.replace(
+        PEERS["naive"], name="half", unsupported=lambda inputs, with_gradients: reason if with_gradients else None
+    )
+    names, report = admitted(subject, peer)
+    assert "half" in names[FORWARD]
+    assert "half" not in names[BOTH]
+    assert [(left.peer, left.step, left.reason) for left in report.not_measured] == [("half", BOTH, reason)]
+
+
+def test_compiling_takes_its_time_apart_and_only_while_that_lasts(subject: Subject) -> None:
+    compiled = dataclasses.replace(PEERS["naive"], name="compiled", compiled=True)
+    names, report = admitted(subject, compiled)
+    assert "compiled" in names[BOTH]
+    assert [(row.measure, row.step) for row in report.rows] == [("compile", BOTH), ("compile", FORWARD)]
+    late = Clock(60.0)
+    late.start -= 31.0
+    names, report = admitted(subject, compiled, clock=late)
+    assert "compiled" not in names[FORWARD]
+    assert "time for that was up" in report.not_measured[0].reason
+
+
+# ------------------------------------------------------------------------------------------------------------ a run
+
+
+def arguments(**changed: Any) -> argparse.Namespace:
+    given = dict.fromkeys(("workload", "dtype", "peer", "seconds", "json", "base", "render"))
+    return argparse.Namespace(**(given | {"quick": True} | changed))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`smca bench` on a few cells, without bars that these could miss."""
+    monkeypatch.setattr(bench_attention, "WORKLOADS", {FEW_CELLS.name: FEW_CELLS})
+    monkeypatch.setattr(bench_attention, "DEFAULT_WORKLOADS", {"cpu": (FEW_CELLS.name,)})
+    monkeypatch.setattr(bench_attention, "QUICK_EFFORTS", {"cpu": QUICK})
+    monkeypatch.setattr(bench_attention, "BARS", ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    path = tmp_path / "bench.json"
-    status = bench_attention.run(argparse.Namespace(quick=True, json=path))
-    report = json.loads(path.read_text())
-    assert {"device", "name", "torch", "triton", "commit", "dirty", "threads"} <= set(report["environment"])
-    assert report["parity"] == "passed"
-    assert "triton" in report["not_measured"]
-    found = {(row["measure"], row["step"], row["backend"], row["dtype"]) for row in report["rows"]}
-    assert {(m, s, b) for m, s, b, _ in found} == {
-        *(("time", step, backend) for step in (FORWARD, BOTH) for backend in BACKENDS),
-        *(("overhead", step, "sdpa") for step in (FORWARD, BOTH)),
-        *(("saved", FORWARD, backend) for backend in BACKENDS),
-        *(("peak", BOTH, backend) for backend in BACKENDS),
-    }
-    assert all(row["value"] > 0 and row["base"] > 0 for row in report["rows"])
-    missed = [row for row in report["rows"] if row["met"] is False]
-    assert status == (1 if missed else 0)
-    table = [line for line in capsys.readouterr().out.split("\n") if line.startswith("| ")]
-    assert len(table) == 1 + len(report["rows"])
-    assert len({line.count("|") for line in table}) == 1
 
 
-def test_dtype_off_parity_is_not_measured_and_the_run_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("small")
+def test_bench_reports_every_measure_of_every_peer_and_survives_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_attention, "check_parity", lambda subject: ["sdpa, float32: key is off"])
-    report, passed = bench_attention.measure_all(FEW_CELLS, FEW_CELLS, CPU, Repeats(1, 1))
-    assert not passed
-    assert report["parity"] == ["sdpa, float32: key is off"]
-    assert report["rows"] == []
-    assert "key is off" in capsys.readouterr().out
+    # Those that compile are tested by what they would compile.
+    monkeypatch.setattr(peers, "PEERS", {name: peer for name, peer in PEERS.items() if not peer.compiled})
+    path = tmp_path / "bench.json"
+    assert bench_attention.run(arguments(json=path)) == 0
+    found = json.loads(path.read_text())
+    assert {"device", "name", "torch", "triton", "commit", "dirty", "threads"} <= set(found["environment"])
+    assert found["finished"]
+    assert found["passed"]
+    assert {left["peer"] for left in found["not_measured"]} == {"triton"}
+    same, context = {"naive", "sdpa", "sdpa-mask", "sdpa-wide"}, {"plain-sdpa", "deformable"}
+    keys = {(row["measure"], row["step"], row["peer"]) for row in found["rows"]}
+    assert keys == {
+        *(("time", step, peer) for step in (FORWARD, BOTH) for peer in same | context),
+        *(("preparation", FORWARD, peer) for peer in ("sdpa-mask", "sdpa-wide")),
+        *(("overhead", step, peer) for step in (FORWARD, BOTH) for peer in ("torch SDPA", "sdpa")),
+        *(("saved", FORWARD, peer) for peer in same | {"inputs", "inputs + outputs of each scale"}),
+        *(("peak", BOTH, peer) for peer in same),
+    }
+    assert all(row["value"] > 0 for row in found["rows"] if row["measure"] != "peak")
+    assert (tmp_path / "bench.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "bench_speedup.png").exists()
 
 
-def test_missed_bar_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_attention, "BARS", (Bar("time", FORWARD, "default", 1e9, device="cpu"),))
-    report, passed = bench_attention.measure_all(FEW_CELLS, FEW_CELLS, CPU, Repeats(2, 1))
-    assert report["parity"] == "passed"
-    assert not passed
+@pytest.mark.usefixtures("small")
+def test_base_that_was_faster_than_noise_explains_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, base = tmp_path / "bench.json", tmp_path / "base.json"
+    assert bench_attention.run(arguments(peer=["naive"], json=base)) == 0
+    found = json.loads(base.read_text())
+    generous = [row | {"value": 1e3 * row["value"], "q20": 1e3, "q80": 1e9} for row in found["rows"]]
+    for rows, status in ((generous, 0), ([shrunk(row) for row in found["rows"]], 1)):
+        base.write_text(json.dumps(found | {"rows": rows}))
+        assert bench_attention.run(arguments(peer=["naive"], json=path, base=base)) == status
+        assert ("**regression**" in capsys.readouterr().out) == bool(status)
+
+
+def shrunk(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of ours as if it had taken a thousandth of the time."""
+    if row["peer"] != "sdpa" or row["q20"] is None:
+        return row
+    return row | {name: row[name] / 1e3 for name in ("value", "q20", "q80")}
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_done_is_in_the_file_when_a_later_workload_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(FEW_CELLS, name="other")
+    once = bench_attention.measure
+
+    def interrupted(subject: Subject, *rest: Any) -> None:
+        if subject.workload is other:
+            raise KeyboardInterrupt
+        once(subject, *rest)
+
+    monkeypatch.setattr(bench_attention, "measure", interrupted)
+    path = tmp_path / "bench.json"
+    report = Report({"device": "cpu"}, path)
+    with pytest.raises(KeyboardInterrupt):
+        bench_attention.measure_all([FEW_CELLS, other], ["float32"], NAIVE_AND_OURS, CPU, QUICK, report, 60.0)
+    found = json.loads(path.read_text())
+    assert not found["finished"]
+    assert {row["workload"] for row in found["rows"]} == {"tiny", "few cells"}
+
+
+def test_workload_that_fails_or_comes_too_late_is_told_and_the_run_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*rest: Any) -> None:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(bench_attention, "measure", fail)
+    for seconds, reason in ((60.0, "OutOfMemoryError: too large"), (0.0, "not begun after 0 s")):
+        report = Report({"device": "cpu"})
+        bench_attention.measure_all([FEW_CELLS], ["float32"], NAIVE_AND_OURS, CPU, QUICK, report, seconds)
+        assert [(left.workload, left.reason) for left in report.not_measured] == [("few cells", reason)]
+        assert report.finished
+
+
+def test_render_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "measure_all", None)
+    path = tmp_path / "bench.json"
+    Report({"device": "cpu"}, path).write()
+    assert bench_attention.run(arguments(render=path)) == 0
+    assert (tmp_path / "bench.md").exists()
 
 
 def test_json_in_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--json must name a file in an existing folder"):
-        bench_attention.run(argparse.Namespace(quick=True, json=tmp_path / "none" / "bench.json"))
+        bench_attention.run(arguments(json=tmp_path / "none" / "bench.json"))
+
+
+@pytest.mark.usefixtures("small")
+def test_unknown_peer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--peer must be among naive, .*, got cuda"):
+        bench_attention.run(arguments(peer=["cuda"]))
 
 
 def test_small_shapes_refuse_to_run_without_a_gpu(

@@ -1,0 +1,114 @@
+"""`smca bench --base FILE`: an earlier run against this one, and which differences are more than noise.
+
+A row is slower only if all of this holds, in medians and 20/80 quantiles:
+
+- the quantiles don't overlap: its 20 % quantile lies above the earlier 80 % quantile;
+- it grew by more than both runs' relative spreads (q80 - q20) / median together;
+- it grew by more than naive PyTorch did in the same place, which nobody changed: what the machine itself moved by,
+  plus the above.
+
+Memory has no quantiles; there, 1 % is a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIMED = ("time", "replay", "overhead")
+COMPARED = (*TIMED, "saved", "peak")
+MEMORY_TOLERANCE = 0.01
+SAME = ("device", "name", "threads", "float32_matmul_precision")  # of the environment, or nothing can be said
+CONTROLS = {"overhead": "torch SDPA"}  # what nobody changed; naive for the others
+
+Key = tuple[str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row in two runs; `allowed` is the growth that would still be noise."""
+
+    measure: str
+    workload: str
+    step: str
+    dtype: str
+    peer: str
+    unit: str
+    before: float
+    after: float | None  # None: not measured any more, though the rest of its workload was
+    allowed: float
+    regression: bool
+
+    @property
+    def growth(self) -> float | None:
+        return None if self.after is None else self.after / self.before - 1
+
+
+def check_comparable(base: dict[str, Any], environment: dict[str, Any]) -> None:
+    """ValueError, telling what differs, if two runs were not made on the same kind of device."""
+    for name in SAME:
+        if base.get(name) != environment.get(name):
+            raise ValueError(
+                f"--base must come from a run like this one: its {name} is {base.get(name)}, here {environment[name]}"
+            )
+
+
+def _rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    keys = ("measure", "workload", "step", "dtype", "peer")
+    return {tuple(row[key] for key in keys): row for row in report["rows"]}
+
+
+def _spread(row: dict[str, Any]) -> float:
+    return 0.0 if row["q20"] is None else (row["q80"] - row["q20"]) / row["value"]
+
+
+def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
+    """Rows of our backends in both runs, the earlier one first; those gone from a workload that was measured as well.
+
+    Args:
+        base: the earlier run's JSON.
+        found: this run's.
+    """
+    before, after = _rows(base), _rows(found)
+    measured = {key[:4] for key in after}
+    changes = []
+    for key, old in before.items():
+        measure, workload, step, dtype, peer = key
+        if measure not in COMPARED or not base["peers"].get(peer, {}).get("ours") or key[:4] not in measured:
+            continue
+        new = after.get(key)
+        if new is None:
+            if peer in found["peers"]:
+                changes.append(Change(*key, old["unit"], old["value"], None, 0.0, regression=True))
+            continue
+        growth = new["value"] / old["value"] - 1
+        if measure in TIMED:
+            control = (measure, workload, step, dtype, CONTROLS.get(measure, "naive"))
+            drift = (
+                after[control]["value"] / before[control]["value"] - 1 if control in after and control in before else 0
+            )
+            allowed = _spread(old) + _spread(new) + max(drift, 0.0)
+            apart = old["q80"] is None or new["q20"] is None or new["q20"] > old["q80"]
+        else:
+            allowed, apart = MEMORY_TOLERANCE, True
+        regression = apart and growth > allowed
+        changes.append(Change(*key, old["unit"], old["value"], new["value"], allowed, regression))
+    return changes
+
+
+def markdown(changes: Sequence[Change], base: Path) -> str:
+    """The changes as a table, regressions marked."""
+    lines = [f"## Against {base.name}", ""]
+    lines += ["| measure | workload | step | dtype | backend | before | now | growth | noise | |"]
+    lines += ["|---|---|---|---|---|---:|---:|---:|---:|---|"]
+    for change in changes:
+        now = "gone" if change.after is None else f"{change.after:.4g} {change.unit}"
+        growth = "" if change.growth is None else f"{100 * change.growth:+.1f} %"
+        cells = [change.measure, change.workload, change.step, change.dtype, change.peer]
+        cells += [f"{change.before:.4g} {change.unit}", now, growth, f"{100 * change.allowed:.1f} %"]
+        lines.append(f"| {' | '.join(cells)} | {'**regression**' * change.regression} |")
+    count = sum(change.regression for change in changes)
+    lines += ["", f"{count} of {len(changes)} rows are worse than the noise explains."]
+    return "\n".join(lines) + "\n"

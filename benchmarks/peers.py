@@ -1,0 +1,358 @@
+"""What the operator is compared with, each as those who know it best would set it up.
+
+All compute spatially modulated co-attention over every scale, with scale weights, and give gradients to all six inputs;
+only those marked `same=False` compute something else, and stand there for context.
+
+`wide_*` use that the prior is a dot product, -p (x - c)² = -p x² + 2 p c · x + a constant of the row, which softmax
+ignores: four columns more for queries and keys. In half precision these columns are rounded, and the logits are then
+off by whole units where the prior is steep: `logit_error` tells by how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import grid_sample, pad, scaled_dot_product_attention
+
+from smca_kernels import explain_backend, reference, smca_attention
+from smca_kernels.parity import Inputs
+
+HALF = (torch.float16, torch.bfloat16)
+POINTS = 4  # that deformable attention samples, per head and scale
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute the attention, or something near it.
+
+    Attributes:
+        name: what tables and plots call it.
+        what: how it is set up, in a line.
+        attend: the whole forward, output [B, H, N, D].
+        prepare: the part of `attend` before the attention proper, which is counted and also shown apart.
+        unsupported: why it can't run on these inputs with or without gradients, or None.
+        logit_error: largest absolute error of a logit, where inputs are rounded.
+        ours: whether it is a backend of this library.
+        same: whether it computes spatially modulated co-attention.
+        compiled: whether its first call compiles, for one set of shapes.
+    """
+
+    name: str
+    what: str
+    attend: Callable[[Inputs], Tensor]
+    prepare: Callable[[Inputs], Any] | None = None
+    unsupported: Callable[[Inputs, bool], str | None] = lambda inputs, with_gradients: None
+    logit_error: Callable[[Inputs], float] | None = None
+    ours: bool = False
+    same: bool = True
+    compiled: bool = False
+
+
+def softmax_scale(inputs: Inputs) -> float:
+    """`scale`, or its default."""
+    return inputs.query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+
+
+def _by_scale(tensor: Tensor, inputs: Inputs) -> Sequence[Tensor]:
+    return tensor.split([height * width for height, width in inputs.spatial_shapes], dim=2)
+
+
+def _combined(outputs: Iterable[Tensor], inputs: Inputs) -> Tensor:
+    """Σ_s α_s O_s in query's dtype."""
+    total = None
+    for s, output in enumerate(outputs):
+        weighted = output if inputs.scale_weights is None else inputs.scale_weights[..., s : s + 1] * output
+        total = weighted if total is None else total + weighted
+    assert total is not None
+    return total.to(inputs.query.dtype)
+
+
+def _is_half(inputs: Inputs) -> bool:
+    return inputs.query.dtype in HALF
+
+
+# -------------------------------------------------------------------------------------------------- ours and naive
+
+
+def ours(inputs: Inputs, backend: str) -> Tensor:
+    """`smca_attention` with one backend."""
+    return smca_attention(**inputs.arguments(), backend=backend)
+
+
+def ours_unsupported(inputs: Inputs, with_gradients: bool, backend: str) -> str | None:
+    """Why a backend of ours can't be timed on these inputs."""
+    if backend == "triton" and inputs.query.device.type == "cpu":
+        return "its kernels are compiled for GPUs; Triton's interpreter only checks them here (`smca parity`)"
+    try:
+        explain_backend(**inputs.arguments(), backend=backend)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def naive(inputs: Inputs) -> Tensor:
+    """Every queries × keys tensor in eager PyTorch, scale after scale, as the authors' code does it."""
+    return reference.attention(*inputs.backend_arguments())
+
+
+# Static shapes: what a compiler knows it can use.
+_compiled_naive = torch.compile(reference.attention, dynamic=False, fullgraph=True)
+
+
+def naive_compiled(inputs: Inputs) -> Tensor:
+    """The same through torch.compile."""
+    out: Tensor = _compiled_naive(*inputs.backend_arguments())
+    return out
+
+
+# --------------------------------------------------------------------------------------- SDPA with a materialised mask
+
+
+def masks(inputs: Inputs) -> list[Tensor]:
+    """The prior of each scale as an additive mask [B, H, N, T_s] in query's dtype, padding merged."""
+    heads, biases = inputs.query.shape[1], []
+    ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    for s, (height, width) in enumerate(inputs.spatial_shapes):
+        center, precision = inputs.center[..., s, :], inputs.precision[..., s, :]
+        x, y = reference.cell_coordinates(height, width, like=center)
+        keys = height * width
+        # The memory-efficient kernel copies a mask whose rows don't start at multiples of 16 bytes.
+        x, y = (pad(coordinate, (0, -keys % 8)) for coordinate in (x, y))
+        bias = -precision[..., :1] * (x - center[..., :1]) ** 2 - precision[..., 1:] * (y - center[..., 1:]) ** 2
+        mask = ignored[s]
+        if mask is not None:
+            bias = bias.masked_fill(pad(mask, (0, -keys % 8))[:, None, None], -math.inf)
+        biases.append(bias.to(inputs.query.dtype).expand(-1, heads, -1, -1)[..., :keys])
+    return biases
+
+
+def sdpa_mask(inputs: Inputs) -> Tensor:
+    """SDPA's memory-efficient kernel, the one that takes a mask and gives it a gradient, on the CPU whichever does."""
+    query, scale = inputs.query, softmax_scale(inputs)
+    calls = zip(_by_scale(inputs.key, inputs), _by_scale(inputs.value, inputs), masks(inputs), strict=True)
+    kernels = [SDPBackend.EFFICIENT_ATTENTION] if query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels):
+        outputs = [scaled_dot_product_attention(query, k, v, mask, scale=scale) for k, v, mask in calls]
+    return _combined(outputs, inputs)
+
+
+# ------------------------------------------------------------------------------------------- wide queries and keys
+
+
+def wide(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of each scale, widened by the prior's four columns, and one for padding where there is any."""
+    batch, heads = inputs.query.shape[:2]
+    scale, dtype = softmax_scale(inputs), inputs.query.dtype
+    ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    pairs = []
+    for s, ((height, width), key) in enumerate(zip(inputs.spatial_shapes, _by_scale(inputs.key, inputs), strict=True)):
+        coordinates = torch.stack(reference.cell_coordinates(height, width, like=inputs.center), -1)
+        middle = coordinates.new_tensor((width // 2, height // 2))  # counted from there, columns are smallest
+        center, precision = inputs.center[..., s, :] - middle, inputs.precision[..., s, :]
+        coefficients = torch.cat([-precision, 2 * precision * center], -1) / scale
+        cells = coordinates - middle
+        features = torch.cat([cells**2, cells], -1).expand(batch, heads, -1, -1)
+        mask = ignored[s]
+        if mask is not None:
+            coefficients = pad(coefficients, (0, 1), value=1.0)
+            column = (mask * -3e4)[:, None, :, None].expand(-1, heads, -1, -1)  # 0 after the softmax
+            features = torch.cat([features, column], -1)
+        coefficients = coefficients.to(dtype).expand(-1, heads, -1, -1)
+        pairs.append((torch.cat([inputs.query, coefficients], -1), torch.cat([key, features.to(dtype)], -1)))
+    return pairs
+
+
+def _padded_wide(inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The same with values of the same width, a multiple of 8, as fused kernels want them."""
+    triples = []
+    for (query, key), value in zip(wide(inputs), _by_scale(inputs.value, inputs), strict=True):
+        surplus = -query.shape[-1] % 8
+        width = query.shape[-1] + surplus
+        triples.append((pad(query, (0, surplus)), pad(key, (0, surplus)), pad(value, (0, width - value.shape[-1]))))
+    return triples
+
+
+def sdpa_wide(inputs: Inputs) -> Tensor:
+    """SDPA's flash kernel on widened queries and keys, in float32 the memory-efficient one, on the CPU the CPU's."""
+    head_dim, scale = inputs.query.shape[-1], softmax_scale(inputs)
+    flash = _is_half(inputs) or not inputs.query.is_cuda
+    triples = _padded_wide(inputs)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.EFFICIENT_ATTENTION):
+        outputs = [scaled_dot_product_attention(*triple, scale=scale)[..., :head_dim] for triple in triples]
+    return _combined(outputs, inputs)
+
+
+def wide_logit_error(inputs: Inputs) -> float:
+    """Largest absolute error of a logit of `wide`, from the rounding of its columns, over the keys of the image."""
+    scale, worst = softmax_scale(inputs), 0.0
+    exact = inputs.double()
+    ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    with torch.no_grad():
+        for (query, key), (exact_query, exact_key), mask in zip(wide(inputs), wide(exact), ignored, strict=True):
+            error = scale * (query.double() @ key.double().mT - exact_query @ exact_key.mT)
+            if mask is not None:
+                error = error.masked_fill(mask[:, None, None], 0.0)
+            worst = max(worst, error.abs().max().item())
+    return worst
+
+
+# ------------------------------------------------------------------------------------------------- FlexAttention
+
+
+def _flex_captured(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    center: Sequence[Tensor],  # x and y, each [B, H, N]
+    precision: Sequence[Tensor],
+    valid: Sequence[Tensor] | None,  # height and width, each [B]
+    width: int,
+    scale: float,
+) -> Tensor:
+    """FlexAttention with the prior in its score_mod. One tensor per captured value: each has a gradient of its own."""
+    c_x, c_y = center
+    p_x, p_y = precision
+
+    def modulated(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row, column = k // width, k % width
+        d_x, d_y = column - c_x[b, h, q], row - c_y[b, h, q]
+        score = score - p_x[b, h, q] * d_x * d_x - p_y[b, h, q] * d_y * d_y
+        if valid is None:
+            return score
+        return torch.where((row < valid[0][b]) & (column < valid[1][b]), score, -math.inf)
+
+    out: Tensor = flex_attention(query, key, value, score_mod=modulated, scale=scale)
+    return out
+
+
+def _flex_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    out: Tensor = flex_attention(query, key, value, scale=scale)
+    return out
+
+
+_compiled_flex_captured = torch.compile(_flex_captured, dynamic=False, fullgraph=True)
+_compiled_flex_plain = torch.compile(_flex_plain, dynamic=False, fullgraph=True)
+
+
+def flex(inputs: Inputs, kernel: Callable[..., Tensor] = _compiled_flex_captured) -> Tensor:
+    """FlexAttention, a call for each scale; gradients of the captured tensors are summed by atomics."""
+    heads, scale = inputs.query.shape[1], softmax_scale(inputs)
+
+    def captured(prior: Tensor) -> list[Tensor]:
+        return [axis.expand(-1, heads, -1).contiguous() for axis in prior.unbind(-1)]
+
+    outputs = []
+    for s, (key, value) in enumerate(zip(_by_scale(inputs.key, inputs), _by_scale(inputs.value, inputs), strict=True)):
+        valid = None if inputs.valid_shapes is None else [side.contiguous() for side in inputs.valid_shapes[:, s].T]
+        prior = captured(inputs.center[..., s, :]), captured(inputs.precision[..., s, :])
+        outputs.append(kernel(inputs.query, key, value, *prior, valid, inputs.spatial_shapes[s][1], scale))
+    return _combined(outputs, inputs)
+
+
+def flex_wide(inputs: Inputs, kernel: Callable[..., Tensor] = _compiled_flex_plain) -> Tensor:
+    """FlexAttention on widened queries and keys; it lets values keep their own width."""
+    values = _by_scale(inputs.value, inputs)
+    pairs = zip(wide(inputs), values, strict=True)
+    return _combined([kernel(query, key, value, softmax_scale(inputs)) for (query, key), value in pairs], inputs)
+
+
+def flex_unsupported(inputs: Inputs, with_gradients: bool) -> str | None:
+    """FlexAttention has no backward on a CPU."""
+    if with_gradients and inputs.query.device.type == "cpu":
+        return "FlexAttention has no backward on a CPU"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- context
+
+
+def plain_sdpa(inputs: Inputs) -> Tensor:
+    """Attention to all keys of all scales in one softmax, without any prior: what DETR itself would pay."""
+    query, keys = inputs.query, inputs.key.shape[2]
+    mask, kernel = None, SDPBackend.FLASH_ATTENTION
+    if inputs.valid_shapes is not None:
+        ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
+        mask = ~torch.cat([each for each in ignored if each is not None], 1)
+        mask = pad(mask, (0, -keys % 16))[:, None, None, :keys].expand(-1, query.shape[1], query.shape[2], -1)
+    if query.is_cuda and (mask is not None or not _is_half(inputs)):
+        kernel = SDPBackend.EFFICIENT_ATTENTION
+    with sdpa_kernel(kernel):
+        return scaled_dot_product_attention(query, inputs.key, inputs.value, mask, scale=inputs.scale)
+
+
+def deformable(inputs: Inputs) -> Tensor:
+    """Deformable DETR's attention in plain PyTorch: 4 points a head and scale, around the centre, by grid_sample.
+
+    Queries and keys play no part: offsets and weights of the points would be predicted from queries outside.
+    """
+    batch, heads, queries, head_dim = inputs.query.shape
+    angles = torch.arange(POINTS, device=inputs.query.device) * (2 * math.pi / POINTS)
+    offsets = torch.stack([angles.cos(), angles.sin()], -1) * 2  # cells
+    outputs = []
+    for s, (height, width) in enumerate(inputs.spatial_shapes):
+        value = _by_scale(inputs.value, inputs)[s]
+        image = value.mT.reshape(batch * heads, head_dim, height, width)
+        cells = inputs.center[..., s, :].expand(-1, heads, -1, -1).unsqueeze(3) + offsets
+        sides = cells.new_tensor((width, height))
+        points = ((2 * cells + 1) / sides - 1).reshape(batch * heads, queries, POINTS, 2)
+        sampled = grid_sample(image, points.to(image.dtype), padding_mode="zeros", align_corners=False)
+        outputs.append(sampled.mean(-1).mT.reshape(batch, heads, queries, head_dim))
+    return _combined(outputs, inputs)
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("naive", "eager PyTorch, every queries × keys tensor stored", naive),
+        *(
+            Peer(
+                backend,
+                f'smca_attention(backend="{backend}")',
+                partial(ours, backend=backend),
+                unsupported=partial(ours_unsupported, backend=backend),
+                ours=True,
+            )
+            for backend in ("triton", "sdpa")
+        ),
+        Peer(
+            "sdpa-mask",
+            "SDPA with the prior as a mask, memory-efficient kernel; preparation builds the mask",
+            sdpa_mask,
+            prepare=masks,
+        ),
+        Peer(
+            "sdpa-wide",
+            "SDPA, flash kernel, on queries and keys widened by the prior's columns; preparation builds these",
+            sdpa_wide,
+            prepare=_padded_wide,
+            logit_error=wide_logit_error,
+        ),
+        Peer("naive-compiled", "torch.compile of naive, static shapes", naive_compiled, compiled=True),
+        Peer(
+            "flex",
+            "FlexAttention, static shapes, the prior in score_mod from captured tensors",
+            flex,
+            unsupported=flex_unsupported,
+            compiled=True,
+        ),
+        Peer(
+            "flex-wide",
+            "FlexAttention, static shapes, on queries and keys widened by the prior's four columns",
+            flex_wide,
+            prepare=wide,
+            unsupported=flex_unsupported,
+            logit_error=wide_logit_error,
+            compiled=True,
+        ),
+        Peer("plain-sdpa", "SDPA without a prior, one softmax over all scales, flash kernel", plain_sdpa, same=False),
+        Peer("deformable", f"deformable attention, {POINTS} points a scale, by grid_sample", deformable, same=False),
+    )
+}
