@@ -14,9 +14,11 @@ import io
 import json
 import math
 import os
+import signal
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
@@ -271,6 +273,41 @@ def collate(items: Iterable[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[
     """A batch: its images and its targets, as lists; the model pads."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
+
+
+def load_batches(
+    dataset: Dataset[tuple[Tensor, Target]], device: torch.device, workers: int, **order: Any
+) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    """Batches of a dataset, as `collate` makes them, loaded by that many processes (0: by this one).
+
+    Args:
+        dataset: a `CocoDetection`, or a part of one.
+        device: where the batches will go; they stay on the CPU, in pinned memory for a GPU.
+        workers: how many processes.
+        order: batch_size or batch_sampler, as `torch.utils.data.DataLoader`.
+    """
+    loader = DataLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # or it would draw from torch's own, which training depends on
+        **order,
+    )
+    try:
+        yield from loader
+    except BaseException as error:
+        # The error's frames would hold the loader's iterator, and so the workers, until the interpreter ends; then it
+        # waits for them without telling them to end.
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C, torchrun and schedulers signal whole process groups; the process that loads for decides what that means.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_image(path: Path) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -55,34 +54,16 @@ def batches(
     return [order[start + rank * size :][:size] for start in starts]
 
 
-def _ignore_signals(worker: int) -> None:
-    # Ctrl-C, torchrun and schedulers signal whole process groups; the training process alone decides what it means.
-    # Workers still end when it tells them to, or is gone.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Batch]]:
     """The batches of each step that the current epoch still has, for this process."""
-    from torch.utils.data import DataLoader
-
-    from .data import collate
+    from .data import load_batches
 
     settings = trainer.settings
     epoch, first_step = divmod(trainer.step, trainer.steps_per_epoch)
     dataset.set_epoch(epoch)
     order = batches(len(dataset), epoch, first_step, settings, distributed.rank(), distributed.world_size())
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=settings.workers,
-            collate_fn=collate,
-            pin_memory=trainer.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-        )
-    )
-    while micro_batches := list(islice(loader, settings.accumulate)):
+    loaded = load_batches(dataset, trainer.device, settings.workers, batch_sampler=order)
+    while micro_batches := list(islice(loaded, settings.accumulate)):
         yield micro_batches
 
 

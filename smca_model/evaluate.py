@@ -76,24 +76,19 @@ def detect_all(
     Arguments and errors as `evaluate`.
     """
     import torch
-    from torch.utils.data import DataLoader
     from torchvision.ops import box_convert
     from tqdm import tqdm
 
-    from .data import collate
+    from .data import load_batches
     from .detector import postprocess
 
-    # With a generator of its own, the loader leaves torch's as it is: training that evaluates goes on as if it hadn't.
-    loader = DataLoader(
-        dataset, batch_size, collate_fn=collate, num_workers=workers, generator=torch.Generator().manual_seed(0)
-    )
     detections: list[Detection] = []
     timings: list[tuple[int, float]] = []
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), tqdm(total=len(dataset), desc="evaluation", unit="image", disable=not progress) as bar:
-            for images, targets in loader:
+            for images, targets in load_batches(dataset, device, workers, batch_size=batch_size):
                 began = time.perf_counter()
                 outputs = model([image.to(device, non_blocking=True) for image in images])
                 classes = outputs["pred_logits"].shape[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,17 @@ def test_a_broken_image_is_named_also_by_a_worker(tmp_path: Path, damage: str, w
     loader = DataLoader(validation((images, file)), collate_fn=data.collate, num_workers=workers)
     with pytest.raises(ValueError, match=r"^image .*1\.png can't be read: .+"):
         next(iter(loader))
+
+
+def test_processes_that_load_end_with_an_error_though_somebody_keeps_it(tmp_path: Path) -> None:
+    # They ignore the signal by which a process ends its children, so one that they outlived would never end.
+    images, file = write_coco(tmp_path, [GOOD])
+    (images / "1.png").write_bytes(b"no image")
+    before = multiprocessing.active_children()
+    with pytest.raises(data.DataError) as kept:
+        list(data.load_batches(validation((images, file)), torch.device("cpu"), 1, batch_size=1))
+    assert set(multiprocessing.active_children()) <= set(before)
+    assert "1.png" in str(kept.value)
 
 
 def test_an_image_of_another_size_than_annotated_is_refused(tmp_path: Path) -> None:

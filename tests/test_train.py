@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,26 @@ def test_after_a_crash_the_lines_of_repeated_steps_are_there_once(
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in lines if "AP" in line] == [4, 8]
     assert_same_state(state_of(tmp_path / "run"), state_of(run))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_processes_that_load_images_too_saves_and_stops(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    # As Ctrl-C, torchrun and schedulers send it: from elsewhere.
+    real = train.Trainer.train_step
+
+    def train_step(self: train.Trainer, batches: Any) -> dict[str, float]:
+        for worker in multiprocessing.active_children():
+            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+            time.sleep(0.5)  # no join, which would keep the end of a process from whom it concerns
+        os.kill(os.getpid(), number)
+        return real(self, batches)
+
+    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    with pytest.raises(train.Stopped):
+        train.train(settings(data, tmp_path / "run", workers=1))
+    assert state_of(tmp_path / "run")["step"] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
