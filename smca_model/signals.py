@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
+
+APART = 1.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -20,11 +23,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once."""
+    """While entered, SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once.
+
+    The second must come `APART` seconds later: a scheduler and torchrun may each pass on the same request.
+    """
 
     def __init__(self) -> None:
         self.number = 0
         self.at_once = False
+        self._first = 0.0
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -47,9 +54,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        again, self.number = self.number != 0, number
         if os.getpid() != self._pid:
             return
-        if again or self.at_once:
+        if self.at_once or (self.number and time.monotonic() - self._first >= APART):
             raise Stopped(number)
-        print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+        if not self.number:
+            self.number, self._first = number, time.monotonic()
+            print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)

@@ -8,15 +8,24 @@ import threading
 
 import pytest
 
+from smca_model import signals
 from smca_model.signals import Stopped, StopSignals
 
 
-def test_a_second_signal_stops_at_once() -> None:
+def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "APART", 0.0)
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_request_that_comes_twice_is_one() -> None:
+    with StopSignals() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
 
 
 def test_during_an_evaluation_the_first_signal_stops() -> None:
