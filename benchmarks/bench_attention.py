@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -84,18 +85,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Parity:
-    """How a peer compares with float64: error / budget of the worst tensor, and the worst logit where it rounds."""
+    """How a peer compares with float64: error / budget of the worst tensor, and the worst logit where it rounds.
+
+    `where` is what was compared: one image and some of its heads, drawn anew in every run.
+    """
 
     workload: str
     dtype: str
     peer: str
     ratio: float
     worst: str
+    where: str
     logit_error: float | None
 
     @property
     def within(self) -> bool:
         return self.ratio <= 1.0
+
+    def __str__(self) -> str:
+        return f"{self.worst} is off by {self.ratio:.3g} × its budget ({self.where})"
 
 
 @dataclass(frozen=True)
@@ -287,12 +295,12 @@ class Gate:
     compare: Callable[[dict[str, Tensor]], list[Comparison]]
 
     @classmethod
-    def of(cls, subject: Subject) -> Gate:
+    def of(cls, subject: Subject, inputs: Inputs) -> Gate:
         import torch
 
         from smca_kernels.parity import Expectation
 
-        workload, inputs = subject.workload, subject.inputs()
+        workload = subject.workload
         elements = workload.queries * workload.keys
         count = int(min(workload.heads, max(1, GATE_ELEMENTS[subject.device.type] // elements)))
         image = int(torch.randint(workload.batch, ()))
@@ -324,6 +332,7 @@ class Gate:
             peer=peer.name,
             ratio=worst.ratio,
             worst=worst.name,
+            where=f"image {self.image}, heads {self.heads.start} to {self.heads.stop - 1}",
             logit_error=peer.logit_error(self.part) if peer.logit_error is not None else None,
         )
 
@@ -351,9 +360,9 @@ class Clock:
         return self.spent < self.seconds / 2
 
 
-def admit(subject: Subject, clock: Clock, report: Report) -> dict[str, list[str]]:
+def admit(subject: Subject, inputs: Inputs, clock: Clock, report: Report) -> dict[str, list[str]]:
     """The peers to measure in each step: those that can run, compile in time, and are at parity if they are ours."""
-    gate = Gate.of(subject)
+    gate = Gate.of(subject, inputs)
     admitted: dict[str, list[str]] = {FORWARD: [], BOTH: []}
     for name, peer in subject.peers.items():
         reasons = {step: peer.unsupported(gate.inputs, step == BOTH) for step in admitted}
@@ -381,7 +390,7 @@ def admit(subject: Subject, clock: Clock, report: Report) -> dict[str, list[str]
         if parity is not None:
             report.parity.append(parity)
             if peer.ours and not parity.within:
-                reasons = dict.fromkeys(admitted, f"PARITY FAILED: {parity.worst} is {parity.ratio:.3g} × its budget")
+                reasons = dict.fromkeys(admitted, f"PARITY FAILED: {parity}")
         for step, names in admitted.items():
             if reasons[step] is None:
                 names.append(name)
@@ -402,9 +411,10 @@ def in_turn(calls: Sequence[Callable[[], object]], repeat: int) -> None:
     calls[repeat % len(calls)]()
 
 
-def measure_time(subject: Subject, admitted: dict[str, list[str]], effort: Effort) -> Iterator[Row | Left]:
+def measure_time(
+    subject: Subject, sets: Sequence[Inputs], admitted: dict[str, list[str]], effort: Effort
+) -> Iterator[Row | Left]:
     """Rows of time, of its preparation, and of CUDA-graph replays of small workloads."""
-    sets = rotated_inputs(subject)
     for step, names in admitted.items():
         peers = [subject.peers[name] for name in names]
         calls: dict[str, Sequence[Callable[[], Any]]]
@@ -468,11 +478,10 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure_memory(subject: Subject, names: Sequence[str]) -> Iterator[Row | Left]:
+def measure_memory(subject: Subject, inputs: Inputs, names: Sequence[str]) -> Iterator[Row | Left]:
     """Rows of bytes saved for backward and of peak memory, in MB, and of the sizes that they are compared with."""
     from smca_kernels.profiling import peak_bytes, saved_bytes
 
-    inputs = subject.inputs()
     given, outputs = input_bytes(inputs), output_bytes(inputs)
     yield subject.row("saved", FORWARD, "inputs", [given / 1e6])
     both = (given + per_scale_bytes(inputs)) / 1e6
@@ -565,10 +574,15 @@ def measure(subject: Subject, clock: Clock, effort: Effort, report: Report) -> N
     """One workload in one dtype: parity, time, memory."""
     import torch
 
-    admitted = admit(subject, clock, report)
-    found = [*limit_rows(subject), *measure_time(subject, admitted, effort), *measure_memory(subject, admitted[BOTH])]
-    report.rows += [each for each in found if isinstance(each, Row)]
-    report.not_measured += [each for each in found if isinstance(each, Left)]
+    sets = rotated_inputs(subject)
+    admitted = admit(subject, sets[0], clock, report)
+    report.rows += limit_rows(subject)
+    times, sizes = measure_time(subject, sets, admitted, effort), measure_memory(subject, sets[0], admitted[BOTH])
+    for found in itertools.chain(times, sizes):
+        if isinstance(found, Row):
+            report.rows.append(found)
+        else:
+            report.not_measured.append(found)
     torch.compiler.reset()  # what one workload compiled is of no use to the next
     if subject.device.type == "cuda":
         torch.cuda.empty_cache()

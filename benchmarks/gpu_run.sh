@@ -75,24 +75,21 @@ sanitize() { # tool seconds
         "$SANITIZER" --tool "$1" --error-exitcode 86 "$PYTHON" -m benchmarks.small_shapes
 }
 
-smca env 30 env --json "$OUT/env.json"
+smca env 20 env --json "$OUT/env.json"
 summarise
 
-# Side by side, as compiling the kernels on the host takes most of the time.
+# Side by side, as compiling the kernels on the host takes most of the time, and nothing here is timed.
 for dtype in float32 float16 bfloat16; do
-    smca "parity-$dtype" 240 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
+    smca "parity-$dtype" 215 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
 done
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
-    step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" "${KERNEL_TESTS[@]}" &
+    step tests 215 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" "${KERNEL_TESTS[@]}" &
 else
     missing tests pytest
 fi
-wait
-summarise
-
 for tool in memcheck racecheck; do
     if [ -n "$SANITIZER" ]; then
-        sanitize "$tool" 110 &
+        sanitize "$tool" 215 &
     else
         missing "$tool" compute-sanitizer
     fi
@@ -100,5 +97,11 @@ done
 wait
 summarise
 
-smca bench 160 bench --json "$OUT/bench.json"
+# Writes its file after each workload, and begins none after the seconds that it is given.
+smca bench 225 bench --seconds 190 --json "$OUT/bench.json"
+summarise
+smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --picture "$OUT/profile.png" \
+    --trace "$OUT/trace.json"
+summarise
+smca bench-model 90 bench-model --quick --json "$OUT/bench-model.json"
 summarise

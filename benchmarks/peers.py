@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -116,16 +116,21 @@ def naive_compiled(inputs: Inputs) -> Tensor:
 # --------------------------------------------------------------------------------------- SDPA with a materialised mask
 
 
+@lru_cache(maxsize=64)
+def _coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Column and row of every cell; a model keeps such tables."""
+    return reference.cell_coordinates(height, width, like=torch.empty(0, dtype=dtype, device=device))
+
+
 def masks(inputs: Inputs) -> list[Tensor]:
     """The prior of each scale as an additive mask [B, H, N, T_s] in query's dtype, padding merged."""
     heads, biases = inputs.query.shape[1], []
     ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
     for s, (height, width) in enumerate(inputs.spatial_shapes):
         center, precision = inputs.center[..., s, :], inputs.precision[..., s, :]
-        x, y = reference.cell_coordinates(height, width, like=center)
         keys = height * width
         # The memory-efficient kernel copies a mask whose rows don't start at multiples of 16 bytes.
-        x, y = (pad(coordinate, (0, -keys % 8)) for coordinate in (x, y))
+        x, y = (pad(cell, (0, -keys % 8)) for cell in _coordinates(height, width, center.dtype, center.device))
         bias = -precision[..., :1] * (x - center[..., :1]) ** 2 - precision[..., 1:] * (y - center[..., 1:]) ** 2
         mask = ignored[s]
         if mask is not None:
@@ -147,37 +152,45 @@ def sdpa_mask(inputs: Inputs) -> Tensor:
 # ------------------------------------------------------------------------------------------- wide queries and keys
 
 
-def wide(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-    """Queries and keys of each scale, widened by the prior's four columns, and one for padding where there is any."""
-    batch, heads = inputs.query.shape[:2]
+@lru_cache(maxsize=64)
+def _features(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """x², x, y² and y of every cell [T_s, 4], counted from the grid's middle, where they are smallest."""
+    x, y = _coordinates(height, width, torch.promote_types(dtype, torch.float32), device)
+    x, y = x - width // 2, y - height // 2
+    return torch.stack([x**2, x, y**2, y], -1).to(dtype)
+
+
+def wide(inputs: Inputs, multiple: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of each scale, widened by the prior's four columns, and one for padding where there is any.
+
+    Args:
+        inputs: what to widen.
+        multiple: of channels; zeros fill up.
+    """
+    batch, heads, _, head_dim = inputs.query.shape
     scale, dtype = softmax_scale(inputs), inputs.query.dtype
     ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
     pairs = []
     for s, ((height, width), key) in enumerate(zip(inputs.spatial_shapes, _by_scale(inputs.key, inputs), strict=True)):
-        coordinates = torch.stack(reference.cell_coordinates(height, width, like=inputs.center), -1)
-        middle = coordinates.new_tensor((width // 2, height // 2))  # counted from there, columns are smallest
-        center, precision = inputs.center[..., s, :] - middle, inputs.precision[..., s, :]
-        coefficients = torch.cat([-precision, 2 * precision * center], -1) / scale
-        cells = coordinates - middle
-        features = torch.cat([cells**2, cells], -1).expand(batch, heads, -1, -1)
+        c_x, c_y = inputs.center[..., s, :1] - width // 2, inputs.center[..., s, 1:] - height // 2
+        p_x, p_y = inputs.precision[..., s, :1], inputs.precision[..., s, 1:]
+        coefficients = torch.cat([-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y], -1) / scale
+        features = _features(height, width, dtype, key.device).expand(batch, -1, -1)
         mask = ignored[s]
         if mask is not None:
             coefficients = pad(coefficients, (0, 1), value=1.0)
-            column = (mask * -3e4)[:, None, :, None].expand(-1, heads, -1, -1)  # 0 after the softmax
-            features = torch.cat([features, column], -1)
-        coefficients = coefficients.to(dtype).expand(-1, heads, -1, -1)
-        pairs.append((torch.cat([inputs.query, coefficients], -1), torch.cat([key, features.to(dtype)], -1)))
+            features = torch.cat([features, (mask * -3e4).to(dtype)[..., None]], -1)  # 0 after the softmax
+        surplus = -(head_dim + features.shape[-1]) % multiple
+        coefficients = pad(coefficients.to(dtype), (0, surplus)).expand(-1, heads, -1, -1)
+        features = pad(features, (0, surplus))[:, None].expand(-1, heads, -1, -1)
+        pairs.append((torch.cat([inputs.query, coefficients], -1), torch.cat([key, features], -1)))
     return pairs
 
 
 def _padded_wide(inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The same with values of the same width, a multiple of 8, as fused kernels want them."""
-    triples = []
-    for (query, key), value in zip(wide(inputs), _by_scale(inputs.value, inputs), strict=True):
-        surplus = -query.shape[-1] % 8
-        width = query.shape[-1] + surplus
-        triples.append((pad(query, (0, surplus)), pad(key, (0, surplus)), pad(value, (0, width - value.shape[-1]))))
-    return triples
+    pairs = zip(wide(inputs, 8), _by_scale(inputs.value, inputs), strict=True)
+    return [(query, key, pad(value, (0, query.shape[-1] - value.shape[-1]))) for (query, key), value in pairs]
 
 
 def sdpa_wide(inputs: Inputs) -> Tensor:
@@ -295,15 +308,15 @@ def deformable(inputs: Inputs) -> Tensor:
     """
     batch, heads, queries, head_dim = inputs.query.shape
     angles = torch.arange(POINTS, device=inputs.query.device) * (2 * math.pi / POINTS)
-    offsets = torch.stack([angles.cos(), angles.sin()], -1) * 2  # cells
     outputs = []
     for s, (height, width) in enumerate(inputs.spatial_shapes):
         value = _by_scale(inputs.value, inputs)[s]
         image = value.mT.reshape(batch * heads, head_dim, height, width)
-        cells = inputs.center[..., s, :].expand(-1, heads, -1, -1).unsqueeze(3) + offsets
-        sides = cells.new_tensor((width, height))
-        points = ((2 * cells + 1) / sides - 1).reshape(batch * heads, queries, POINTS, 2)
-        sampled = grid_sample(image, points.to(image.dtype), padding_mode="zeros", align_corners=False)
+        center = inputs.center[..., s, :].expand(-1, heads, -1, -1)
+        x, y = center[..., :1] + 2 * angles.cos(), center[..., 1:] + 2 * angles.sin()  # two cells away
+        points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
+        points = points.reshape(batch * heads, queries, POINTS, 2).to(image.dtype)
+        sampled = grid_sample(image, points, padding_mode="zeros", align_corners=False)
         outputs.append(sampled.mean(-1).mT.reshape(batch, heads, queries, head_dim))
     return _combined(outputs, inputs)
 

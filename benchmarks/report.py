@@ -276,7 +276,7 @@ def plot_speedup(found: Json) -> Any:
         axis.set_title(step)
         axis.set_ylabel("times as fast as naive PyTorch")
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=7, ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=10, loc="outside lower center")
     figure.suptitle(
         _caption(found, dtype) + f"\n{CONTEXT} computes something else   {OFF} beyond the error budget", fontsize=9
     )
@@ -312,7 +312,7 @@ def plot_keys(found: Json) -> Any:
         )
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=10, loc="outside lower center")
     what = f"batch of {batch[1:]}; memory beyond inputs, output and gradients"
     figure.suptitle(f"{_caption(found, dtype)}\n{what}", fontsize=9)
     return figure

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def test_fastest_is_the_fastest_peer_that_computes_the_same_within_its_budget(
     report = report_of(subject)
     times = {"naive": 9.0, "sdpa-mask": 6.0, "sdpa-wide": 4.0, "plain-sdpa": 1.0, "triton": 1.0, "sdpa": 5.0}
     report.rows = [subject.row("time", FORWARD, name, [value]) for name, value in times.items()]
-    report.parity = [Parity(FEW_CELLS.name, "float32", "sdpa-wide", 3.0, "key", 7.0)]
+    report.parity = [Parity(FEW_CELLS.name, "float32", "sdpa-wide", 3.0, "key", "image 0", 7.0)]
     monkeypatch.setattr(bench_attention, "BARS", (Bar("time", FORWARD, "default", "fastest", at_least=1.3),))
     (verdict,) = bench_attention.verdicts(report)
     assert (verdict.against, verdict.base, verdict.met) == ("sdpa-mask", 6.0, False)
@@ -199,14 +201,14 @@ def wrong_in(name: str) -> Peer:
 
 @pytest.mark.parametrize("name", ["output", "query", "key", "value", "center", "precision", "scale_weights"])
 def test_gate_sees_an_error_in_the_output_and_in_each_gradient(subject: Subject, name: str) -> None:
-    parity = Gate.of(subject).check(wrong_in(name), BOTH)
+    parity = Gate.of(subject, subject.inputs()).check(wrong_in(name), BOTH)
     assert not parity.within
     if name != "output":
         assert parity.worst.split(" ")[0] == name
 
 
 def test_gate_passes_naive_and_ours_and_does_without_a_backward(subject: Subject) -> None:
-    gate = Gate.of(subject)
+    gate = Gate.of(subject, subject.inputs())
     assert all(gate.check(peer, step).within for peer in NAIVE_AND_OURS.values() for step in (FORWARD, BOTH))
     assert gate.check(wrong_in("key"), FORWARD).within
     assert not gate.check(wrong_in("output"), FORWARD).within
@@ -216,7 +218,7 @@ def test_gate_compares_some_heads_of_one_image_of_a_large_workload(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_attention, "GATE_ELEMENTS", {"cpu": 5 * 26})
-    gate = Gate.of(subject)
+    gate = Gate.of(subject, subject.inputs())
     assert gate.part.query.shape == (1, 1, 5, 16)
     assert torch.equal(gate.part.key, gate.inputs.key[gate.image : gate.image + 1, gate.heads])
     assert gate.check(PEERS["naive"], BOTH).within
@@ -225,7 +227,7 @@ def test_gate_compares_some_heads_of_one_image_of_a_large_workload(
 def admitted(subject: Subject, *others: Peer, clock: Clock | None = None) -> tuple[dict[str, list[str]], Report]:
     subject = dataclasses.replace(subject, peers={**NAIVE_AND_OURS, **{peer.name: peer for peer in others}})
     report = report_of(subject)
-    return bench_attention.admit(subject, clock or Clock(60.0), report), report
+    return bench_attention.admit(subject, subject.inputs(), clock or Clock(60.0), report), report
 
 
 def test_backend_of_ours_off_parity_is_not_measured_and_fails_the_run(subject: Subject) -> None:
@@ -392,6 +394,15 @@ def test_json_in_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None
         bench_attention.run(arguments(json=tmp_path / "none" / "bench.json"))
 
 
+def test_every_workload_is_a_benchmark_of_pytest() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+    select = ["-k", "basic-b2-padded and (sdpa-mask or triton) and forward"]
+    done = subprocess.run([*command, *select], cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=100)
+    expected = "4 passed" if torch.cuda.is_available() else "2 passed, 2 skipped"
+    assert expected in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.usefixtures("small")
 def test_unknown_peer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--peer must be among naive, .*, got cuda"):
@@ -418,9 +429,10 @@ def test_gpu_run_goes_on_after_failures_and_tells_each_step(tmp_path: Path) -> N
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["all_passed"]
     steps = {step["step"]: step for step in summary["steps"]}
-    assert set(steps) == {"env", *PARITY_STEPS, "tests", "memcheck", "racecheck", "bench"}
+    names = {"env", *PARITY_STEPS, "tests", "memcheck", "racecheck", "bench", "bench-model", "profile"}
+    assert set(steps) == names
     assert (steps["bench"]["status"], steps["bench"]["exit_code"]) == ("failed", 3)
-    assert "bench --json" in (out / "bench.log").read_text()
+    assert f"bench --seconds 190 --json {out}/bench.json" in (out / "bench.log").read_text()
 
 
 def test_gpu_run_passes_when_every_step_does(tmp_path: Path) -> None:
@@ -434,6 +446,20 @@ def test_gpu_run_passes_when_every_step_does(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["all_passed"]
     assert {step["status"] for step in summary["steps"]} == {"passed"}
+
+
+def test_gpu_run_fits_into_ten_minutes() -> None:
+    """Its steps' limits, those between `&` and `wait` side by side."""
+    total, together = 0, [0]
+    for line in SCRIPT.read_text().split("\n"):
+        found = re.match(r"\s*(?:smca|sanitize|step) \S+ (\d+)\b", line)
+        if line.strip() == "wait":
+            total, together = total + max(together), [0]
+        elif found and line.rstrip().endswith("&"):
+            together.append(int(found[1]))
+        elif found:
+            total += int(found[1])
+    assert 400 < total < 590
 
 
 def test_gpu_run_without_a_folder_is_refused() -> None:

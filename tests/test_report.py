@@ -108,8 +108,9 @@ def test_render_writes_table_and_plots_beside_the_json(tmp_path: Path, found: di
 
 
 def test_speedup_plot_has_a_bar_for_each_peer_and_workload(found: dict[str, Any]) -> None:
-    forward, both = report.plot_speedup(found).axes
-    assert [text.get_text() for text in forward.get_legend().get_texts()] == ["naive", "sdpa", "rounded†", "other*"]
+    figure = report.plot_speedup(found)
+    _, both = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["naive", "sdpa", "rounded†", "other*"]
     assert [patch.get_height() for patch in both.patches] == [1.0, 1.0, 4.0, 4.0, 8.0, 8.0, 2.0, 2.0]
 
 
