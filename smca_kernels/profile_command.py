@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
         subject()
     print(measured.table())
     if args.json is not None:
-        report = {"subject": _named(args), "environment": _environment(device), **measured.as_dict()}
+        from benchmarks.bench_attention import environment
+
+        report = {"subject": _named(args), "environment": environment(device), **measured.as_dict()}
         write_text(args.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if args.picture is not None:
         measured.picture(args.picture)
@@ -134,12 +136,6 @@ def _named(args: argparse.Namespace) -> dict[str, Any]:
     names = ("workload", "preset", "weights", "image", "training", "backend")
     values = {name: getattr(args, name) for name in names}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    from .environment import describe, versions
-
-    return {"device": device.type, **describe(device), **versions()}
 
 
 def _write_trace(subject: Callable[[], object], path: Path, device: torch.device) -> None:

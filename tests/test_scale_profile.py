@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import smca_kernels
 from smca_kernels import attention, reference, scale_profile, smca_attention
 from smca_kernels.parity import Case, make_inputs
 
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/profiling.md").read_text("utf-8")
 CASE = Case("two scales", ((5, 6), (3, 3)), batch=2, heads=2, queries=3, head_dim=16)
 
 
@@ -312,3 +316,18 @@ def test_picture_is_a_png_whose_height_grows_with_the_bars(generator: torch.Gene
         profile.picture(tmp_path / "bars.png")
         heights.append(imread(tmp_path / "bars.png").shape[0])
     assert heights[0] < heights[1]
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    exec(example, {})
+    assert "12×12" in capsys.readouterr().out
+
+
+def test_the_table_of_the_page_is_that_of_the_recorded_run() -> None:
+    found = json.loads((ROOT / "benchmarks/results/profile_cpu.json").read_text("utf-8"))
+    calls = [scale_profile.CallRow(**call) for call in found["calls"]]
+    rows = [scale_profile.Row(**row) for row in found["rows"]]
+    shown = "\n".join(f"    {line}".rstrip() for line in scale_profile._table(calls, rows, found["repeats"], 0))
+    assert shown in PAGE
