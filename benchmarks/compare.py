@@ -1,11 +1,9 @@
 """`smca bench --base FILE`: an earlier run against this one, and which differences are more than noise.
 
-A row is slower only if all of this holds, in medians and 20/80 quantiles:
+A time is a regression if its median grew by more than noise explains, which is the sum of
 
-- the quantiles don't overlap: its 20 % quantile lies above the earlier 80 % quantile;
-- it grew by more than both runs' relative spreads (q80 - q20) / median together;
-- it grew by more than naive PyTorch did in the same place, which nobody changed: what the machine itself moved by,
-  plus the above.
+- both runs' relative spreads, (q80 - q20) / median of 20 and 80 % quantiles,
+- and the growth of naive PyTorch in the same place, which nobody changed: what the machine itself moved by.
 
 Memory has no quantiles; there, 1 % is a difference.
 """
@@ -90,11 +88,9 @@ def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
                 after[control]["value"] / before[control]["value"] - 1 if control in after and control in before else 0
             )
             allowed = _spread(old) + _spread(new) + max(drift, 0.0)
-            apart = old["q80"] is None or new["q20"] is None or new["q20"] > old["q80"]
         else:
-            allowed, apart = MEMORY_TOLERANCE, True
-        regression = apart and growth > allowed
-        changes.append(Change(*key, old["unit"], old["value"], new["value"], allowed, regression))
+            allowed = MEMORY_TOLERANCE
+        changes.append(Change(*key, old["unit"], old["value"], new["value"], allowed, regression=growth > allowed))
     return changes
 
 

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_attention, peers, small_shapes
-from benchmarks.bench_attention import Clock, Effort, Gate, Parity, Report, Subject
+from benchmarks.bench_attention import Clock, Effort, Gate, Left, Parity, Report, Row, Subject
 from benchmarks.peers import PEERS, Peer
 from benchmarks.workloads import BARS, BOTH, DEFAULT_WORKLOADS, DTYPES, FORWARD, MEASURES, WORKLOADS, Bar, Workload
-from smca_kernels import reference
+from smca_kernels import profiling, reference
 from smca_kernels.parity import Inputs
 
 CPU = torch.device("cpu")
@@ -182,6 +184,49 @@ def test_inputs_are_rotated_past_the_caches_by_their_size(subject: Subject, monk
     sets = bench_attention.rotated_inputs(subject)
     assert len(sets) == 3
     assert len({inputs.query.sum().item() for inputs in sets}) == 3
+
+
+def on_a_gpu(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """The subject as if its device were an H100, one with fewer SMs than most."""
+    properties = types.SimpleNamespace(multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return dataclasses.replace(subject, device=torch.device("cuda"))
+
+
+def test_limit_is_that_of_the_device_at_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(bench_attention.limit_rows(subject)) == []
+    half = dataclasses.replace(on_a_gpu(subject, monkeypatch), dtype="bfloat16")
+    forward, both = bench_attention.limit_rows(half)
+    assert (forward.peer, forward.step, both.step) == ("limit", FORWARD, BOTH)
+    assert forward.value == pytest.approx(1e3 * FEW_CELLS.elements / (114 * 1.83e9 * 16))
+
+
+def test_small_workloads_are_replayed_on_a_gpu_and_what_cant_be_captured_says_so(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [subject.inputs()]
+
+    def captured(call: Callable[[], object]) -> Callable[[], object]:
+        if call.func is PEERS["naive"].attend:
+            raise RuntimeError("not while capturing")
+        return call
+
+    monkeypatch.setattr(bench_attention, "captured", captured)
+    gpu = on_a_gpu(subject, monkeypatch)
+    names = {FORWARD: ["naive", "sdpa"]}
+    monkeypatch.setattr(bench_attention, "seconds_of", lambda call, device: 1.0)
+    monkeypatch.setattr(profiling, "interleaved_times", lambda calls, repeats, device: {n: [1.0] for n in calls})
+    found = list(bench_attention.measure_time(gpu, sets, names, QUICK))
+    assert [(each.measure, each.peer) for each in found if isinstance(each, Row)] == [
+        ("time", "naive"), ("time", "sdpa"), ("replay", "sdpa")
+    ]  # fmt: skip
+    assert [(each.peer, each.step, each.reason) for each in found if isinstance(each, Left)] == [
+        ("naive", "forward, replay", "RuntimeError: not while capturing")
+    ]
+    large = dataclasses.replace(gpu, workload=WORKLOADS["full-b2"])
+    rows = list(bench_attention.measure_time(large, sets, names, QUICK))
+    assert {row.measure for row in rows if isinstance(row, Row)} == {"time"}
 
 
 # ------------------------------------------------------------------------------------------------------- parity gate
