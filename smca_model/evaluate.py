@@ -71,7 +71,8 @@ def detect_all(
 
     A detection has image_id, category_id (the dataset's own), bbox [x, y, width, height] in pixels of the image file,
     and score. The speed is that of the model with its post-processing and copies to and from the device, without
-    loading images; the first batch, which warms up, doesn't count unless it is the only one.
+    loading images; the first batch, which warms up, doesn't count unless it is the only one. 0 without images, which a
+    process may have as its part of a small dataset.
 
     Arguments and errors as `evaluate`.
     """
@@ -110,7 +111,7 @@ def detect_all(
                 bar.update(len(images))
     finally:
         model.train(was_training)
-    counted = timings[1:] or timings
+    counted = timings[1:] or timings or [(0, 1.0)]
     return detections, sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
 
 

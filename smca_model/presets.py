@@ -55,6 +55,11 @@ class Config:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            allowed = {tuple: (tuple, list), float: (float, int)}.get(kind, (kind,))
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} must be a {kind.__name__}, got {value!r}")
         object.__setattr__(self, "strides", tuple(self.strides))  # JSON has lists only
         counts = ("hidden_dim", "num_heads", "ffn_dim", "decoder_layers", "num_queries", "num_classes")
         for name in counts:

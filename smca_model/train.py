@@ -207,7 +207,10 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
             trainer.load_state(state)
         metrics = None
         if distributed.rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"out must be a folder that can be made, got {out} ({error.strerror})") from None
             metrics = Metrics(out, trainer.step)
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
             tell(
@@ -455,6 +458,8 @@ def run(args: argparse.Namespace) -> int:
     given = {item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if args.resume:
+        if "out" in given:
+            raise ValueError("--out can't be given with --resume: a run goes on in its own folder")
         saved = checkpoint.load(Path(args.resume) / "checkpoint.pt")["settings"]
         settings = Settings(**{**saved, **given, "out": args.resume})
     else:
@@ -473,9 +478,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"smca train: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        saved = (Path(settings.out) / "checkpoint.pt").exists()
-        advice = f"go on with  smca train --resume {settings.out}" if saved else "before the first checkpoint"
-        print(f"stopped by {stopped}; {advice}", file=sys.stderr)
+        if distributed.rank() == 0:  # the others can't know whether the checkpoint is there yet
+            saved = (Path(settings.out) / "checkpoint.pt").exists()
+            advice = f"go on with  smca train --resume {settings.out}" if saved else "before the first checkpoint"
+            print(f"stopped by {stopped}; {advice}", file=sys.stderr)
         return stopped.status
     tell(f"the weights are in {Path(settings.out) / 'model.safetensors'}")
     return 0

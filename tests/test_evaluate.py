@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 pytest.importorskip("pycocotools")
 pytest.importorskip("torchvision")
@@ -181,6 +182,13 @@ def test_evaluation_leaves_the_model_in_training_and_the_generator_alone(tmp_pat
 def test_evaluation_prints_nothing_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluated(open_dataset(tmp_path, OBJECTS), PERFECT)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_process_may_have_no_image_to_evaluate(tmp_path: Path) -> None:
+    dataset = open_dataset(tmp_path, OBJECTS)
+    nothing: Any = Subset(dataset, range(0))
+    nothing.classes, nothing.category_ids = dataset.classes, dataset.category_ids
+    assert module.detect_all(Prepared(dataset, {}), nothing, batch_size=2, device=CPU, progress=False) == ([], 0.0)
 
 
 def test_a_model_of_another_number_of_classes_is_refused(tmp_path: Path) -> None:

@@ -70,6 +70,28 @@ def test_an_unknown_preset_is_refused_with_the_names_there_are(capsys):
     assert "NAME must be among detr-r50," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"dropout": "half"}, "dropout must be a float, got 'half'"),
+        ({"encoder": 3}, "encoder must be a str, got 3"),
+        ({"dilation": 1}, "dilation must be a bool, got 1"),
+        ({"num_heads": True}, "num_heads must be a int, got True"),
+        ({"strides": 8}, "strides must be a tuple, got 8"),
+        ({"num_queries": 0}, "num_queries must be whole and at least 1, got 0"),
+    ],
+)
+def test_overrides_of_another_kind_are_refused_by_name(override, message):
+    with pytest.raises(ValueError, match=message):
+        build("smca-tiny", **override)
+
+
+def test_whole_numbers_and_lists_do_as_overrides():
+    assert (
+        build("smca-tiny", dropout=0, strides=[8, 16]).config == build("smca-tiny", dropout=0.0, strides=(8, 16)).config
+    )
+
+
 def test_unknown_overrides_are_refused_with_the_fields_there_are():
     with pytest.raises(ValueError, match=r"overrides must be among backbone, beta, .*, got colour"):
         build("smca-tiny", colour="red")

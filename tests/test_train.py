@@ -265,6 +265,17 @@ def test_a_run_without_a_folder_is_refused(data: Path) -> None:
         train.train(train.Settings(data=str(data)))
 
 
+def test_a_folder_that_cant_be_made_is_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out must be a folder that can be made, got .*file/run"):
+        train.train(settings(data, tmp_path / "file" / "run"))
+
+
+def test_a_run_goes_on_in_its_own_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--resume", str(run), "--out", str(tmp_path)]) == 2
+    assert "--out can't be given with --resume" in capsys.readouterr().err
+
+
 def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train"]) == 2
     assert "--data and --out must be given" in capsys.readouterr().err
