@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "VAL_SCENES", 3)
     monkeypatch.setattr(demo, "WITH_ATTENTION", 1)
     monkeypatch.setattr(demo, "SCORE", 0.0)
-    training = {"batch_size": 4, "epochs": 1, "lr_drop": 1}
+    training = {"batch_size": 4, "epochs": 1, "lr_drop": 1, "lr": 1e-4}
     monkeypatch.setattr(demo, "TRAINING", {"cpu": training, "cuda": training})
     monkeypatch.setattr(operator_demo, "run", lambda args: args.out.mkdir(exist_ok=True) or 0)
 
@@ -68,7 +68,7 @@ def test_the_twin_differs_in_the_prior_alone() -> None:
 
 
 def test_another_number_of_epochs_drops_the_learning_rate_at_the_same_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "TRAINING", {"cpu": {"epochs": 6, "lr_drop": 4}})
+    monkeypatch.setattr(demo, "TRAINING", {"cpu": {"epochs": 6, "lr_drop": 4, "lr": 1e-4}})
     longer = demo.settings_for("detr-tiny", Path("data"), Path("out"), "cpu", 0, epochs=9)
     assert (longer.epochs, longer.lr_drop) == (9, 6)
 
