@@ -48,7 +48,7 @@ setup(
             "torchvision", "tqdm",
         ],  # fmt: skip
         "demo": ["matplotlib", "scikit-image", "torchvision"],
-        "test": ["pytest", "pytest-xdist"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist"],
         "dev": ["mypy", "ruff"],
     },
     entry_points={"console_scripts": ["smca = smca_kernels.cli:main"]},
