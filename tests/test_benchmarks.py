@@ -8,7 +8,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_attention, peers, small_shapes
+from benchmarks import test_attention as pytest_cases
 from benchmarks.bench_attention import Clock, Effort, Gate, Left, Parity, Report, Row, Subject
 from benchmarks.peers import PEERS, Peer
 from benchmarks.workloads import BARS, BOTH, DEFAULT_WORKLOADS, DTYPES, FORWARD, MEASURES, WORKLOADS, Bar, Workload
@@ -227,6 +227,28 @@ def test_small_workloads_are_replayed_on_a_gpu_and_what_cant_be_captured_says_so
     large = dataclasses.replace(gpu, workload=WORKLOADS["full-b2"])
     rows = list(bench_attention.measure_time(large, sets, names, QUICK))
     assert {row.measure for row in rows if isinstance(row, Row)} == {"time"}
+
+
+def test_calls_take_the_inputs_in_turn() -> None:
+    taken: list[str] = []
+    for repeat in range(5):
+        bench_attention.in_turn([lambda: taken.append("a"), lambda: taken.append("b")], repeat)
+    assert "".join(taken) == "ababa"
+
+
+def test_forward_is_measured_without_gradients_and_both_with_all_six(subject: Subject) -> None:
+    inputs = subject.inputs()
+    assert not bench_attention.make_call(PEERS["naive"], FORWARD, inputs)().requires_grad
+    gradients = bench_attention.make_call(PEERS["naive"], BOTH, inputs)()
+    assert [each.shape for each in gradients] == [tensor.shape for tensor in inputs.differentiable().values()]
+
+
+def test_peak_is_what_goes_beyond_output_and_gradients(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = subject.inputs()
+    outputs = bench_attention.output_bytes(inputs)
+    monkeypatch.setattr(profiling, "peak_bytes", lambda call, device: outputs + 5_000_000)
+    rows = [row for row in bench_attention.measure_memory(subject, inputs, ["naive"]) if isinstance(row, Row)]
+    assert [row.value for row in rows if row.measure == "peak"] == [5.0]
 
 
 # ------------------------------------------------------------------------------------------------------- parity gate
@@ -439,13 +461,41 @@ def test_json_in_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None
         bench_attention.run(arguments(json=tmp_path / "none" / "bench.json"))
 
 
-def test_every_workload_is_a_benchmark_of_pytest() -> None:
-    pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
-    select = ["-k", "basic-b2-padded and (sdpa-mask or triton) and forward"]
-    done = subprocess.run([*command, *select], cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=100)
-    expected = "4 passed" if torch.cuda.is_available() else "2 passed, 2 skipped"
-    assert expected in done.stdout, done.stdout + done.stderr
+class Benchmark:
+    """What pytest-benchmark's fixture offers, calling once."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.seconds: float | None = None
+
+    def __call__(self, call: Callable[[], float]) -> None:
+        self.seconds = call()
+
+
+def pytest_case(monkeypatch: pytest.MonkeyPatch, peer: Peer, step: str) -> Benchmark:
+    """A case of `pytest benchmarks`, run on a few cells."""
+    monkeypatch.setattr(pytest_cases, "WORKLOADS", {"few cells": FEW_CELLS})
+    monkeypatch.setattr(pytest_cases, "PEERS", {peer.name: peer})
+    pytest_cases.gate.cache_clear()
+    benchmark = Benchmark()
+    pytest_cases.test_attention(benchmark, "float32", "few cells", peer.name, step, CPU)
+    return benchmark
+
+
+@pytest.mark.parametrize("step", [FORWARD, BOTH])
+def test_case_of_pytest_is_timed_after_its_error_is_known(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    benchmark = pytest_case(monkeypatch, wrong_in("output"), step)
+    assert benchmark.seconds is not None
+    assert benchmark.extra_info["error_over_budget"] > 1
+
+
+def test_case_of_pytest_fails_where_ours_is_off_and_is_skipped_where_it_cant_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(AssertionError, match="is off by"):
+        pytest_case(monkeypatch, dataclasses.replace(wrong_in("output"), ours=True), FORWARD)
+    with pytest.raises(pytest.skip.Exception, match="no backward on a CPU"):
+        pytest_case(monkeypatch, PEERS["flex"], BOTH)
 
 
 @pytest.mark.usefixtures("small")

@@ -82,6 +82,7 @@ def test_peer_that_computes_something_else_is_marked_and_has_no_rate(found: dict
     assert "other*" in line
     assert " 2.00 × " in line
     assert "%" not in line
+    assert f" {3780 / 8 / 1e6:.4g} " not in line
 
 
 def test_reasons_bars_and_an_unfinished_run_are_told(found: dict[str, Any]) -> None:
