@@ -250,6 +250,13 @@ def test_a_box_head_that_is_not_finite_is_told(data: Path) -> None:
         one.train_step([plain_batch(data)])
 
 
+def test_the_first_decoder_layer_that_is_not_finite_is_told(data: Path) -> None:
+    one = trainer(settings(data, batch_size=8))
+    torch.nn.init.constant_(one.model.decoder.layers[1].ffn.linear1.bias, torch.inf)
+    with pytest.raises(engine.TrainingError, match=r"step 0: the class head of decoder layer 2 .* \[1, 2, .*, 8\]"):
+        one.train_step([plain_batch(data)])
+
+
 @pytest.mark.parametrize(("name", "layer"), [("loss_giou_0", 1), ("loss_giou", 2)])
 def test_a_loss_that_is_not_finite_is_told_with_its_layer_and_images(name: str, layer: int) -> None:
     losses = {"loss_ce": 1.0, "loss_ce_0": 1.0, name: float("inf")}
