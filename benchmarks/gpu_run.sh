@@ -98,10 +98,13 @@ wait
 summarise
 
 # Writes its file after each workload, and begins none after the seconds that it is given.
-smca bench 225 bench --seconds 190 --json "$OUT/bench.json"
+smca bench 215 bench --seconds 180 --json "$OUT/bench.json"
 summarise
-smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --picture "$OUT/profile.png" \
-    --trace "$OUT/trace.json"
+smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --trace "$OUT/trace.json"
 summarise
-smca bench-model 90 bench-model --quick --json "$OUT/bench-model.json"
+if "$PYTHON" -c "import torchvision" 2>/dev/null; then
+    smca bench-model 90 bench-model --quick --json "$OUT/bench-model.json"
+else
+    missing bench-model torchvision
+fi
 summarise

@@ -527,7 +527,7 @@ def test_gpu_run_goes_on_after_failures_and_tells_each_step(tmp_path: Path) -> N
     names = {"env", *PARITY_STEPS, "tests", "memcheck", "racecheck", "bench", "bench-model", "profile"}
     assert set(steps) == names
     assert (steps["bench"]["status"], steps["bench"]["exit_code"]) == ("failed", 3)
-    assert f"bench --seconds 190 --json {out}/bench.json" in (out / "bench.log").read_text()
+    assert f"bench --seconds 180 --json {out}/bench.json" in (out / "bench.log").read_text()
 
 
 def test_gpu_run_passes_when_every_step_does(tmp_path: Path) -> None:
@@ -554,7 +554,7 @@ def test_gpu_run_fits_into_ten_minutes() -> None:
             together.append(int(found[1]))
         elif found:
             total += int(found[1])
-    assert 400 < total < 590
+    assert 400 < total <= 570  # and a step that has to be killed takes five seconds more
 
 
 def test_gpu_run_without_a_folder_is_refused() -> None:
