@@ -337,6 +337,9 @@ def run(args: argparse.Namespace) -> int:
         wrong = [result for result in results if isinstance(result, str)]
         if wrong:
             failures[preset] = wrong
+        if args.json is not None:
+            report = {"environment": facts, "rows": [dataclasses.asdict(row) for row in rows], "failures": failures}
+            write_text(args.json, json.dumps(report, indent=1) + "\n")
     print("\n".join(format_rows(rows)))
     size_of_all = f"{args.batch_size} images a step; {precision} on {facts.get('name', device)}"
     print(f"\n{size_of_all}; medians with 20 % and 80 % quantiles; MB beyond model and optimiser.")
@@ -344,11 +347,4 @@ def run(args: argparse.Namespace) -> int:
         print("The largest batch was not measured: " + ("--quick." if device.type == "cuda" else "there is no GPU."))
     for preset, lines in failures.items():
         print("\n".join(f"{preset}: {line}" for line in lines))
-    if args.json is not None:
-        report = {
-            "environment": facts,
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "failures": failures,
-        }
-        write_text(args.json, json.dumps(report, indent=1) + "\n")
     return 1 if failures else 0

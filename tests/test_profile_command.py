@@ -45,6 +45,23 @@ def test_training_measures_the_backward_too(tmp_path: Path) -> None:
     assert found["calls"][0]["step"] == "forward + backward"
 
 
+@pytest.mark.parametrize("options", [(), ("--training",)])
+def test_a_detector_trains_only_if_it_is_to(monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> None:
+    pytest.importorskip("torchvision")
+    from smca_model import SMCA
+
+    seen: set[tuple[bool, bool]] = set()
+    forward = SMCA.forward
+
+    def noted(model: SMCA, images: list[torch.Tensor]) -> dict[str, Any]:
+        seen.add((model.training, torch.is_grad_enabled()))
+        return forward(model, images)
+
+    monkeypatch.setattr(SMCA, "forward", noted)
+    assert run("--preset", "smca-tiny", *options) == 0
+    assert seen == {(bool(options), bool(options))}
+
+
 def test_the_backend_is_the_one_asked_for(tmp_path: Path) -> None:
     found = report(tmp_path, "--workload", "few cells", "--backend", "reference", "--dtype", "bfloat16")
     assert [(call["backend"], call["dtype"]) for call in found["calls"]] == [("reference", "bfloat16")]
@@ -55,8 +72,10 @@ def test_a_preset_with_an_image_has_a_call_a_decoder_layer(tmp_path: Path) -> No
     from PIL import Image
 
     Image.new("RGB", (80, 60)).save(tmp_path / "image.png")
-    found = report(tmp_path, "--preset", "smca-ms-tiny", "--image", str(tmp_path / "image.png"))
-    assert [call["call"] for call in found["calls"]] == [1, 2, 3]
+    found = report(
+        tmp_path, "--preset", "smca-ms-tiny", "--image", str(tmp_path / "image.png"), "--backend", "reference"
+    )
+    assert [(call["call"], call["backend"]) for call in found["calls"]] == [(n, "reference") for n in (1, 2, 3)]
     # 60 × 80 pixels become 96 × 128, at strides 8, 16 and 32.
     assert [(row["height"], row["width"]) for row in found["rows"]] == 3 * [(12, 16), (6, 8), (3, 4)]
 
