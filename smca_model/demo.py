@@ -196,7 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     operator_demo.add_arguments(parser)
     parser.description = (
         f"First, the operator. {parser.description} Then, the detector: a small SMCA is trained on {TRAIN_SCENES} "
-        "scenes of real digits (four minutes on two CPU cores), evaluated on held-out ones, and its detections and "
+        "scenes of real digits (five minutes on two CPU cores), evaluated on held-out ones, and its detections and "
         "attention are drawn."
     )
     parser.add_argument("--compare", action="store_true", help="train the same without spatial prior, for as long")
