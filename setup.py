@@ -44,9 +44,16 @@ setup(
     ],
     extras_require={
         "model": [
-            "matplotlib", "pycocotools", "safetensors", "scikit-image", "scikit-learn", "scipy", "tensorboard",
-            "torchvision", "tqdm",
-        ],  # fmt: skip
+            "matplotlib",
+            "pycocotools",
+            "safetensors",
+            "scikit-image",
+            "scikit-learn",
+            "scipy",
+            "tensorboard",
+            "torchvision",
+            "tqdm",
+        ],
         "demo": ["matplotlib", "scikit-image", "torchvision"],
         "test": ["pytest", "pytest-benchmark", "pytest-xdist"],
         "dev": ["mypy", "ruff"],

@@ -407,7 +407,8 @@ def _backward_in_blocks(
     grad_center, grad_precision = (q.new_empty(every, queries, 2 * len(shapes)) for _ in range(2))
     limit = _block_limit(q.device)
     # Reused from block to block: fresh memory would cost a page fault every 4 KiB.
-    workspace = q.new_empty(3, max(limit, max(height * width for height, width in shapes)))
+    most = max(height * width for height, width in shapes)
+    workspace = q.new_empty(3, max(most, min(limit, every * queries * most)))
     some = max(1, limit // 4 // (queries * len(axes.coordinate)))
     for first in range(0, every, some):
         group = slice(first, min(first + some, every))
