@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import TypeAlias
 
@@ -209,16 +208,11 @@ def _autocast_dtype(query: Tensor) -> torch.dtype | None:
     """What autocast casts to on query's device, or None outside of autocast regions."""
     if not isinstance(query, Tensor):
         return None
-    device_type = _autocast_type(query.device)
-    if device_type is None or not torch.is_autocast_enabled(device_type):
+    # `device.type` makes a new string each time, which a small call would feel.
+    device_type = "cpu" if query.is_cpu else "cuda" if query.is_cuda else query.device.type
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return None
     return torch.get_autocast_dtype(device_type)
-
-
-@lru_cache
-def _autocast_type(device: torch.device) -> str | None:
-    """Type of a device that autocast knows; asking once a device, as `device.type` makes a new string each time."""
-    return device.type if torch.amp.is_autocast_available(device.type) else None
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
@@ -248,17 +242,13 @@ def _choose(backend: str, inputs: Inputs) -> tuple[str, dict[str, str]]:
 
 def _against(name: str, inputs: Inputs) -> str | None:
     """Why "auto" should not use a backend: it can't serve, or it is the wrong one for the device."""
-    reason = _device_against_triton(inputs[0].device) if name == "triton" else None
-    return reason or _unsupported(name, inputs)
-
-
-@lru_cache
-def _device_against_triton(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"the kernels are compiled for NVIDIA GPUs only, the tensors are on {device}"
-    if not _has_triton_tensor_cores(device):
-        return "Triton's tl.dot does not reach the tensor cores below sm_80; torch's SDPA is faster on this device"
-    return None
+    query = inputs[0]
+    if name == "triton":
+        if not query.is_cuda:
+            return "the kernels are compiled for NVIDIA GPUs only, and the tensors are not on one"
+        if not _has_triton_tensor_cores(query.device):
+            return "Triton's tl.dot does not reach the tensor cores below sm_80; torch's SDPA is faster on this device"
+    return _unsupported(name, inputs)
 
 
 def _unsupported(name: str, inputs: Inputs) -> str | None:

@@ -314,7 +314,7 @@ def test_autocast_leaves_float64_alone(generator: torch.Generator) -> None:
 
 def on_a_gpu(dtype: torch.dtype = torch.float16) -> Any:
     """As much of validated inputs on a GPU as the choice looks at."""
-    query = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(2, 8, 300, 32))
+    query = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=dtype, shape=(2, 8, 300, 32))
     return (query, *[None] * 10)
 
 
@@ -330,8 +330,6 @@ def triton_serves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def set_capability(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
-    uncached = attention_module._device_against_triton.__wrapped__
-    monkeypatch.setattr(attention_module, "_device_against_triton", uncached)
 
 
 def test_the_cpu_is_served_by_sdpa_and_never_by_the_interpreter(generator: torch.Generator) -> None:
