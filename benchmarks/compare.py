@@ -3,13 +3,15 @@
 A time is a regression if its median grew by more than noise explains, which is the sum of
 
 - both runs' relative spreads, (q80 - q20) / median of 20 and 80 % quantiles,
-- and the growth of naive PyTorch in the same place, which nobody changed: what the machine itself moved by.
+- and the median growth of what isn't ours, naive PyTorch and other peers, over all workloads: nobody changed these, so it
+  is what the machine itself moved by.
 
 Memory has no quantiles; there, 1 % is a difference.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,6 @@ TIMED = ("time", "replay", "overhead")
 COMPARED = (*TIMED, "saved", "peak")
 MEMORY_TOLERANCE = 0.01
 SAME = ("device", "name", "threads", "float32_matmul_precision")  # of the environment, or nothing can be said
-CONTROLS = {"overhead": "torch SDPA"}  # what nobody changed; naive for the others
 
 Key = tuple[str, str, str, str, str]
 
@@ -62,6 +63,17 @@ def _spread(row: dict[str, Any]) -> float:
     return 0.0 if row["q20"] is None else (row["q80"] - row["q20"]) / row["value"]
 
 
+def _drift(measure: str, base: dict[str, Any], before: dict[Key, Any], after: dict[Key, Any]) -> float:
+    """Median growth of one measure over everything that isn't ours; 0 where nothing else was measured."""
+    ours = {name for name, peer in base["peers"].items() if peer["ours"]}
+    growths = [
+        after[key]["value"] / old["value"] - 1
+        for key, old in before.items()
+        if key[0] == measure and key[-1] not in ours | {"limit"} and key in after
+    ]
+    return statistics.median(growths) if growths else 0.0
+
+
 def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
     """Rows of our backends in both runs, the earlier one first; those gone from a workload that was measured as well.
 
@@ -71,9 +83,10 @@ def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
     """
     before, after = _rows(base), _rows(found)
     measured = {key[:4] for key in after}
+    drifts = {measure: _drift(measure, base, before, after) for measure in TIMED}
     changes = []
     for key, old in before.items():
-        measure, workload, step, dtype, peer = key
+        measure, peer = key[0], key[-1]
         if measure not in COMPARED or not base["peers"].get(peer, {}).get("ours") or key[:4] not in measured:
             continue
         new = after.get(key)

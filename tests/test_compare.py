@@ -60,6 +60,19 @@ def test_slower_machine_is_no_regression_and_a_slower_machine_hides_no_larger_on
     assert regressions(before, found(row("naive", 130.0, 0.02), row("sdpa", 14.0, 0.02))) == ["sdpa"]
 
 
+def test_one_peer_that_jumped_excuses_nothing() -> None:
+    peers = ("naive", "sdpa-mask", "plain-sdpa")
+    before = found(*(row(peer, 100.0, 0.02) for peer in peers), row("sdpa", 10.0, 0.02))
+    jumped = [row(peer, value, 0.02) for peer, value in zip(peers, (240.0, 101.0, 100.0), strict=True)]
+    assert regressions(before, found(*jumped, row("sdpa", 12.0, 0.02))) == ["sdpa"]
+
+
+def test_limit_of_a_card_is_not_taken_for_a_steady_peer() -> None:
+    before = found(row("naive", 100.0, 0.02), row("limit", 1.0, None), row("sdpa", 10.0, 0.02))
+    after = found(row("naive", 130.0, 0.02), row("limit", 1.0, None), row("sdpa", 13.0, 0.02))
+    assert regressions(before, after) == []
+
+
 def test_faster_machine_makes_no_regression_of_what_stayed() -> None:
     before = found(row("naive", 100.0, 0.02), row("sdpa", 10.0, 0.02))
     assert regressions(before, found(row("naive", 50.0, 0.02), row("sdpa", 10.1, 0.02))) == []
