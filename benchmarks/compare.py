@@ -3,8 +3,8 @@
 A time is a regression if its median grew by more than noise explains, which is the sum of
 
 - both runs' relative spreads, (q80 - q20) / median of 20 and 80 % quantiles,
-- and the median growth of what isn't ours, naive PyTorch and other peers, over all workloads: nobody changed these, so it
-  is what the machine itself moved by.
+- and the median growth of what isn't ours, naive PyTorch and other peers, over all workloads: nobody changed these, so
+  it is what the machine itself moved by.
 
 Memory has no quantiles; there, 1 % is a difference.
 """
@@ -95,14 +95,8 @@ def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
                 changes.append(Change(*key, old["unit"], old["value"], None, 0.0, regression=True))
             continue
         growth = new["value"] / old["value"] - 1
-        if measure in TIMED:
-            control = (measure, workload, step, dtype, CONTROLS.get(measure, "naive"))
-            drift = (
-                after[control]["value"] / before[control]["value"] - 1 if control in after and control in before else 0
-            )
-            allowed = _spread(old) + _spread(new) + max(drift, 0.0)
-        else:
-            allowed = MEMORY_TOLERANCE
+        noise = _spread(old) + _spread(new) + max(drifts.get(measure, 0.0), 0.0)
+        allowed = noise if measure in TIMED else MEMORY_TOLERANCE
         changes.append(Change(*key, old["unit"], old["value"], new["value"], allowed, regression=growth > allowed))
     return changes
 
