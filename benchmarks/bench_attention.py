@@ -522,8 +522,17 @@ def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
+    from smca_kernels import explain_backend, smca_attention
+
     inputs = subject.inputs()
+    arguments = inputs.arguments()
+    default = explain_backend(**arguments).backend
+    leaves = list(inputs.differentiable().values())
     plain = (inputs.query, inputs.key, inputs.value)
+
+    def our_call(backend: str, step: str) -> Callable[[], object]:
+        forward = partial(smca_attention, **arguments, backend="auto" if backend == default else backend)
+        return forward if step == FORWARD else lambda: torch.autograd.grad(forward(), leaves, inputs.grad_output)
 
     def plain_both() -> None:
         torch.autograd.grad(scaled_dot_product_attention(*plain), plain, inputs.grad_output)
@@ -533,8 +542,7 @@ def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
     torch_calls = {FORWARD: partial(scaled_dot_product_attention, *plain), BOTH: plain_both}
     for step, torch_call in torch_calls.items():
         calls: dict[str, Callable[[], object]] = {"torch SDPA": torch_call}
-        for peer in ours:
-            calls[peer.name] = partial(peer.attend, inputs) if step == FORWARD else make_call(peer, step, inputs)
+        calls |= {peer.name: our_call(peer.name, step) for peer in ours}
         for name, values in host_times(calls, repeats, subject.device).items():
             yield subject.row("overhead", step, name, values)
 

@@ -210,9 +210,8 @@ def _autocast_dtype(query: Tensor) -> torch.dtype | None:
         return None
     # `device.type` makes a new string each time, which a small call would feel.
     device_type = "cpu" if query.is_cpu else "cuda" if query.is_cuda else query.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return None
-    return torch.get_autocast_dtype(device_type)
+    known = query.is_cpu or query.is_cuda or torch.amp.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else None
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
@@ -385,7 +384,7 @@ def _grids(spatial_shapes: Sequence[Sequence[int]]) -> reference.SpatialShapes:
                 raise TypeError(f"spatial_shapes must hold Python ints, got {_kind(size)} in {spatial_shapes!r}")
             if size < 1:
                 raise ValueError(f"spatial_shapes must be at least 1 × 1, got {spatial_shapes!r}")
-    return tuple((height, width) for height, width in spatial_shapes)
+    return tuple([(height, width) for height, width in spatial_shapes])
 
 
 def _valid_shapes(
