@@ -183,6 +183,17 @@ def test_rows_see_their_nearest_cell_their_base_and_the_direct_prior(device, pri
     torch.testing.assert_close(out.cpu()[2], p * ((e - c) ** 2 - d * d), rtol=1e-4, atol=1e-4)
 
 
+def test_a_centre_far_outside_leaves_no_rounding_of_its_square(device):
+    side, step = 7, torch.finfo(torch.float32).eps
+    p, c = torch.rand(ROWS), 1000.0 + 9000.0 * torch.rand(ROWS)
+    e = c - 3.5
+    out = torch.empty(3, ROWS, device=device)
+    row_kernel[(1,)](out, torch.stack([p, c, e]).to(device), side, ROWS)
+    p, e, d = p.double(), e.double(), nearest_twin(c, side).double()
+    # Two sums and three products of float32, each rounded once.
+    torch.testing.assert_close(out.cpu()[1].double(), 2 * p * (e * e - d * d), rtol=5 * step, atol=0)
+
+
 def test_nearest_cell_of_a_centre_inside_is_at_most_half_a_cell_away():
     inside = torch.rand(1000) * 6
     assert (nearest_twin(inside, 7).abs() <= 0.5).all()

@@ -103,7 +103,7 @@ def moment_weights(e_x, e_y, d_x, d_y):
     i = tl.arange(0, 16)[None, :] % 8
     weights = tl.where((i == 0) | (i == 1) | (i == 4), 1.0, 0.0)
     weights = tl.where(i == 3, -2.0 * e, weights)
-    weights = tl.where(i == 6, e * e - d * d, weights)
+    weights = tl.where(i == 6, (e - d) * (e + d), weights)
     return tl.where(i == 7, d - e, weights)
 
 

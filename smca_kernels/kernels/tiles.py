@@ -191,13 +191,14 @@ def from_nearest_cell(c, side):
 
 @triton.jit
 def base_of_tile(p_x, p_y, e_x, e_y, d_x, d_y):
-    return p_x * (e_x * e_x - d_x * d_x) + p_y * (e_y * e_y - d_y * d_y)
+    # Factored, as squares of a centre far outside would leave their rounding in every row.
+    return p_x * ((e_x - d_x) * (e_x + d_x)) + p_y * ((e_y - d_y) * (e_y + d_y))
 
 
 @triton.jit
 def direct_prior(p, x, c, d):
     """p ((x - c)² - d²): one axis of -logG on the direct path; the arguments broadcast."""
-    return p * ((x - c) * (x - c) - d * d)
+    return p * ((x - c - d) * (x - c + d))
 
 
 @triton.jit
