@@ -448,7 +448,7 @@ def _backward_in_blocks(
 def _tiles(height: int, width: int) -> int:
     """Into how many tiles of whole rows to cut a grid, for products with rows of 2 KiB or less.
 
-    Matrix libraries write a product with long rows up to twice as slowly: every row lies on another page.
+    Long rows lie on a page of memory each, which makes writing a product slow on some machines.
     """
     rows = next(rows for rows in range(height, 0, -1) if height % rows == 0 and (rows == 1 or rows * width <= 512))
     return height // rows
