@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from .bench_attention import Gate, Subject, grad_mode, in_turn, make_call, rotated_inputs, seconds_of
+from .gate import Gate
+from .measures import in_turn, rotated_inputs
 from .peers import PEERS
+from .subject import Subject, grad_mode, make_call, seconds_of
 from .workloads import BOTH, DEFAULT_WORKLOADS, DTYPES, FORWARD, WORKLOADS
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,6 +23,7 @@ KIND = "cuda" if torch.cuda.is_available() else "cpu"
 
 @lru_cache(maxsize=1)  # the cases of one workload follow each other
 def gate(workload: str, dtype: str, device: torch.device) -> tuple[Gate, list[Any]]:
+    torch.compiler.reset()  # shapes pile up, and compilers give up after some
     subject = Subject(WORKLOADS[workload], dtype, device, PEERS)
     sets = rotated_inputs(subject)
     return Gate.of(subject, sets[0]), sets

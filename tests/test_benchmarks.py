@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_attention, peers, small_shapes
+from benchmarks import bench_attention, gate, measures, peers, records, small_shapes
 from benchmarks import test_attention as pytest_cases
-from benchmarks.bench_attention import Clock, Effort, Gate, Left, Parity, Report, Row, Subject
+from benchmarks.gate import Clock, Gate
+from benchmarks.measures import Effort
 from benchmarks.peers import PEERS, Peer
+from benchmarks.records import Left, Parity, Report, Row
+from benchmarks.subject import Subject, input_bytes, make_call, output_bytes, per_scale_bytes
 from benchmarks.workloads import BARS, BOTH, DEFAULT_WORKLOADS, DTYPES, FORWARD, MEASURES, WORKLOADS, Bar, Workload
 from smca_kernels import profiling, reference
 from smca_kernels.parity import Inputs
@@ -104,8 +107,8 @@ def judged(subject: Subject, bar: Bar, monkeypatch: pytest.MonkeyPatch, **values
     report.rows = [
         subject.row(bar.measure, bar.step, name.replace("_", "-"), [value]) for name, value in values.items()
     ]
-    monkeypatch.setattr(bench_attention, "BARS", (bar,))
-    return [verdict.met for verdict in bench_attention.verdicts(report)]
+    monkeypatch.setattr(records, "BARS", (bar,))
+    return [verdict.met for verdict in records.verdicts(report)]
 
 
 @pytest.mark.parametrize(("value", "met"), [(10.0, True), (100.0, True), (100.1, False)])
@@ -144,13 +147,13 @@ def test_fastest_is_the_fastest_peer_that_computes_the_same_within_its_budget(
     times = {"naive": 9.0, "sdpa-mask": 6.0, "sdpa-wide": 4.0, "plain-sdpa": 1.0, "triton": 1.0, "sdpa": 5.0}
     report.rows = [subject.row("time", FORWARD, name, [value]) for name, value in times.items()]
     report.parity = [Parity(FEW_CELLS.name, "float32", "sdpa-wide", 3.0, "key", "image 0", 7.0)]
-    monkeypatch.setattr(bench_attention, "BARS", (Bar("time", FORWARD, "default", "fastest", at_least=1.3),))
-    (verdict,) = bench_attention.verdicts(report)
+    monkeypatch.setattr(records, "BARS", (Bar("time", FORWARD, "default", "fastest", at_least=1.3),))
+    (verdict,) = records.verdicts(report)
     assert (verdict.against, verdict.base, verdict.met) == ("sdpa-mask", 6.0, False)
 
 
 def test_missed_bar_fails_the_run(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_attention, "BARS", (Bar("saved", FORWARD, "sdpa", "inputs", at_most=0.5),))
+    monkeypatch.setattr(records, "BARS", (Bar("saved", FORWARD, "sdpa", "inputs", at_most=0.5),))
     report = report_of(subject)
     bench_attention.measure_all([FEW_CELLS], ["float32"], NAIVE_AND_OURS, CPU, QUICK, report, 60.0)
     assert [verdict["met"] for verdict in report.as_json()["bars"]] == [False]
@@ -168,9 +171,9 @@ def test_row_gives_median_and_quantiles(subject: Subject) -> None:
 def test_sizes_are_those_of_the_tensors(subject: Subject) -> None:
     inputs = subject.inputs()
     given = 4 * (2 * 2 * (5 + 26 + 26) * 16 + 2 * 2 * 5 * 2 * (2 + 2 + 1))
-    assert bench_attention.input_bytes(inputs) == given
-    assert bench_attention.output_bytes(inputs) == given + 4 * 2 * 2 * 5 * 16
-    assert bench_attention.per_scale_bytes(inputs) == 4 * 2 * (2 * 2 * 5 * 16 + 2 * 2 * 5)
+    assert input_bytes(inputs) == given
+    assert output_bytes(inputs) == given + 4 * 2 * 2 * 5 * 16
+    assert per_scale_bytes(inputs) == 4 * 2 * (2 * 2 * 5 * 16 + 2 * 2 * 5)
 
 
 def test_repeats_fill_the_time_between_least_and_most() -> None:
@@ -179,9 +182,9 @@ def test_repeats_fill_the_time_between_least_and_most() -> None:
 
 
 def test_inputs_are_rotated_past_the_caches_by_their_size(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = bench_attention.input_bytes(subject.inputs())
-    monkeypatch.setattr(bench_attention, "ROTATED_BYTES", 2.5 * size)
-    sets = bench_attention.rotated_inputs(subject)
+    size = input_bytes(subject.inputs())
+    monkeypatch.setattr(measures, "ROTATED_BYTES", 2.5 * size)
+    sets = measures.rotated_inputs(subject)
     assert len(sets) == 3
     assert len({inputs.query.sum().item() for inputs in sets}) == 3
 
@@ -195,11 +198,19 @@ def on_a_gpu(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> Subject:
 
 
 def test_limit_is_that_of_the_device_at_hand(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(bench_attention.limit_rows(subject)) == []
+    assert list(measures.limit_rows(subject)) == []
     half = dataclasses.replace(on_a_gpu(subject, monkeypatch), dtype="bfloat16")
-    forward, both = bench_attention.limit_rows(half)
+    forward, both = measures.limit_rows(half)
     assert (forward.peer, forward.step, both.step) == ("limit", FORWARD, BOTH)
     assert forward.value == pytest.approx(1e3 * FEW_CELLS.elements / (114 * 1.83e9 * 16))
+
+
+def raise_at_its_end_as_well() -> None:
+    """As torch.cuda.graph does, with a message that tells nothing."""
+    try:
+        raise RuntimeError("not while capturing")
+    finally:
+        raise RuntimeError("failed due to a previous error")
 
 
 def test_small_workloads_are_replayed_on_a_gpu_and_what_cant_be_captured_says_so(
@@ -207,47 +218,52 @@ def test_small_workloads_are_replayed_on_a_gpu_and_what_cant_be_captured_says_so
 ) -> None:
     sets = [subject.inputs()]
 
-    def captured(call: Callable[[], object]) -> Callable[[], object]:
-        if call.func is PEERS["naive"].attend:
-            raise RuntimeError("not while capturing")
-        return call
+    def captured(calls: Sequence[Callable[[], object]]) -> Sequence[Callable[[], object]]:
+        assert not torch.is_grad_enabled()  # or what was compiled without gradients would be compiled again
+        if calls[0].func is PEERS["naive"].attend:
+            raise_at_its_end_as_well()
+        return calls
 
-    monkeypatch.setattr(bench_attention, "captured", captured)
+    monkeypatch.setattr(measures, "captured", captured)
     gpu = on_a_gpu(subject, monkeypatch)
     names = {FORWARD: ["naive", "sdpa"]}
-    monkeypatch.setattr(bench_attention, "seconds_of", lambda call, device: 1.0)
+    monkeypatch.setattr(measures, "seconds_of", lambda call, device: 1.0)
     monkeypatch.setattr(profiling, "interleaved_times", lambda calls, repeats, device: {n: [1.0] for n in calls})
-    found = list(bench_attention.measure_time(gpu, sets, names, QUICK))
+    found = list(measures.measure_time(gpu, sets, names, QUICK))
     assert [(each.measure, each.peer) for each in found if isinstance(each, Row)] == [
         ("time", "naive"), ("time", "sdpa"), ("replay", "sdpa")
     ]  # fmt: skip
     assert [(each.peer, each.step, each.reason) for each in found if isinstance(each, Left)] == [
         ("naive", "forward, replay", "RuntimeError: not while capturing")
     ]
-    large = dataclasses.replace(gpu, workload=WORKLOADS["full-b2"])
-    rows = list(bench_attention.measure_time(large, sets, names, QUICK))
+    large = dataclasses.replace(gpu, workload=WORKLOADS["full-b16"])
+    rows = list(measures.measure_time(large, sets, names, QUICK))
     assert {row.measure for row in rows if isinstance(row, Row)} == {"time"}
+
+
+def test_step_that_no_peer_can_do_has_no_rows(subject: Subject) -> None:
+    assert list(measures.measure_time(subject, [subject.inputs()], {FORWARD: []}, QUICK)) == []
 
 
 def test_calls_take_the_inputs_in_turn() -> None:
     taken: list[str] = []
     for repeat in range(5):
-        bench_attention.in_turn([lambda: taken.append("a"), lambda: taken.append("b")], repeat)
+        measures.in_turn([lambda: taken.append("a"), lambda: taken.append("b")], repeat)
     assert "".join(taken) == "ababa"
 
 
 def test_forward_is_measured_without_gradients_and_both_with_all_six(subject: Subject) -> None:
     inputs = subject.inputs()
-    assert not bench_attention.make_call(PEERS["naive"], FORWARD, inputs)().requires_grad
-    gradients = bench_attention.make_call(PEERS["naive"], BOTH, inputs)()
+    assert not make_call(PEERS["naive"], FORWARD, inputs)().requires_grad
+    gradients = make_call(PEERS["naive"], BOTH, inputs)()
     assert [each.shape for each in gradients] == [tensor.shape for tensor in inputs.differentiable().values()]
 
 
 def test_peak_is_what_goes_beyond_output_and_gradients(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = subject.inputs()
-    outputs = bench_attention.output_bytes(inputs)
+    outputs = output_bytes(inputs)
     monkeypatch.setattr(profiling, "peak_bytes", lambda call, device: outputs + 5_000_000)
-    rows = [row for row in bench_attention.measure_memory(subject, inputs, ["naive"]) if isinstance(row, Row)]
+    rows = [row for row in measures.measure_memory(subject, inputs, ["naive"]) if isinstance(row, Row)]
     assert [row.value for row in rows if row.measure == "peak"] == [5.0]
 
 
@@ -275,26 +291,26 @@ def test_gate_sees_an_error_in_the_output_and_in_each_gradient(subject: Subject,
 
 
 def test_gate_passes_naive_and_ours_and_does_without_a_backward(subject: Subject) -> None:
-    gate = Gate.of(subject, subject.inputs())
-    assert all(gate.check(peer, step).within for peer in NAIVE_AND_OURS.values() for step in (FORWARD, BOTH))
-    assert gate.check(wrong_in("key"), FORWARD).within
-    assert not gate.check(wrong_in("output"), FORWARD).within
+    gated = Gate.of(subject, subject.inputs())
+    assert all(gated.check(peer, step).within for peer in NAIVE_AND_OURS.values() for step in (FORWARD, BOTH))
+    assert gated.check(wrong_in("key"), FORWARD).within
+    assert not gated.check(wrong_in("output"), FORWARD).within
 
 
 def test_gate_compares_some_heads_of_one_image_of_a_large_workload(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_attention, "GATE_ELEMENTS", {"cpu": 5 * 26})
-    gate = Gate.of(subject, subject.inputs())
-    assert gate.part.query.shape == (1, 1, 5, 16)
-    assert torch.equal(gate.part.key, gate.inputs.key[gate.image : gate.image + 1, gate.heads])
-    assert gate.check(PEERS["naive"], BOTH).within
+    monkeypatch.setattr(gate, "ELEMENTS", {"cpu": 5 * 26})
+    gated = Gate.of(subject, subject.inputs())
+    assert gated.part.query.shape == (1, 1, 5, 16)
+    assert torch.equal(gated.part.key, gated.inputs.key[gated.image : gated.image + 1, gated.heads])
+    assert gated.check(PEERS["naive"], BOTH).within
 
 
 def admitted(subject: Subject, *others: Peer, clock: Clock | None = None) -> tuple[dict[str, list[str]], Report]:
     subject = dataclasses.replace(subject, peers={**NAIVE_AND_OURS, **{peer.name: peer for peer in others}})
     report = report_of(subject)
-    return bench_attention.admit(subject, subject.inputs(), clock or Clock(60.0), report), report
+    return gate.admit(subject, subject.inputs(), clock or Clock(60.0), report), report
 
 
 def test_backend_of_ours_off_parity_is_not_measured_and_fails_the_run(subject: Subject) -> None:
@@ -348,6 +364,22 @@ def test_compiling_takes_its_time_apart_and_only_while_that_lasts(subject: Subje
     assert "time for that was up" in report.not_measured[0].reason
 
 
+def test_compilers_find_nothing_of_an_earlier_run(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+
+    def admit(*rest: Any) -> dict[str, list[str]]:
+        folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+        assert list(folders[-1].iterdir()) == []
+        return {FORWARD: [], BOTH: []}
+
+    monkeypatch.setattr(bench_attention, "admit", admit)
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    for _ in range(2):
+        bench_attention.measure(subject, Clock(60.0), QUICK, report_of(subject))
+    assert len(set(folders)) == 2
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+
+
 # ------------------------------------------------------------------------------------------------------------ a run
 
 
@@ -362,7 +394,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_attention, "WORKLOADS", {FEW_CELLS.name: FEW_CELLS})
     monkeypatch.setattr(bench_attention, "DEFAULT_WORKLOADS", {"cpu": (FEW_CELLS.name,)})
     monkeypatch.setattr(bench_attention, "QUICK_EFFORTS", {"cpu": QUICK})
-    monkeypatch.setattr(bench_attention, "BARS", ())
+    monkeypatch.setattr(records, "BARS", ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -446,6 +478,28 @@ def test_workload_that_fails_or_comes_too_late_is_told_and_the_run_ends_well(mon
         bench_attention.measure_all([FEW_CELLS], ["float32"], NAIVE_AND_OURS, CPU, QUICK, report, seconds)
         assert [(left.workload, left.reason) for left in report.not_measured] == [("few cells", reason)]
         assert report.finished
+
+
+def test_overhead_that_cant_be_measured_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*rest: Any) -> None:
+        raise RuntimeError("no kernel for this dtype")
+
+    monkeypatch.setattr(bench_attention, "measure_overhead", fail)
+    report = Report({"device": "cpu"})
+    bench_attention.measure_all([FEW_CELLS], ["float32"], NAIVE_AND_OURS, CPU, QUICK, report, 60.0)
+    assert [(left.workload, left.reason) for left in report.not_measured] == [
+        ("tiny", "RuntimeError: no kernel for this dtype")
+    ]
+    assert {row.workload for row in report.rows} == {"few cells"}
+
+
+def test_commit_of_sources_without_a_repository_is_what_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "_git", lambda *arguments: "")
+    monkeypatch.setenv("GIT_COMMIT", "0123abcd")
+    facts = bench_attention.environment(CPU)
+    assert (facts["commit"], facts["dirty"]) == ("0123abcd", "unknown")
+    monkeypatch.delenv("GIT_COMMIT")
+    assert bench_attention.environment(CPU)["commit"] == "unknown"
 
 
 def test_render_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

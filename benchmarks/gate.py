@@ -1,0 +1,146 @@
+"""Who is measured: peers that can run, compile in time and, if they are ours, are at parity with float64.
+
+Output and gradients are computed on the very inputs to be timed, and some heads of one image of them are compared with
+the operator in float64, within the error budget of `smca parity`. A backend of ours that is off is not measured and
+fails the run; another peer that is off is measured, and its error told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smca_kernels.parity import Comparison, Expectation, Inputs, poisoned_memory
+
+from .records import Parity, Report, explain
+from .subject import Subject, grad_mode, make_call, seconds_of, without_gradients
+from .workloads import BOTH, FORWARD
+
+if TYPE_CHECKING:
+    from .peers import Peer
+
+ELEMENTS = {"cpu": 2e6, "cuda": 4e7}  # compared with float64, at least one head of one image
+
+
+def part_of(inputs: Inputs, image: int, heads: slice) -> Inputs:
+    """Some heads of one image, as inputs of their own: no image and no head depends on another."""
+    tensors: dict[str, Any] = {
+        name: tensor[image : image + 1, heads].detach().requires_grad_()
+        for name, tensor in inputs.differentiable().items()
+    }
+    valid = None if inputs.valid_shapes is None else inputs.valid_shapes[image : image + 1]
+    grad_output = inputs.grad_output[image : image + 1, heads]
+    return dataclasses.replace(inputs, **tensors, valid_shapes=valid, grad_output=grad_output)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Part of a workload's results in float64 and in eager PyTorch, which peers are held against."""
+
+    subject: Subject
+    inputs: Inputs  # of the whole workload
+    image: int
+    heads: slice
+    part: Inputs
+    compare: Callable[[dict[str, Tensor]], list[Comparison]]
+
+    @classmethod
+    def of(cls, subject: Subject, inputs: Inputs) -> Gate:
+        workload = subject.workload
+        elements = workload.queries * workload.keys
+        count = int(min(workload.heads, max(1, ELEMENTS[subject.device.type] // elements)))
+        image = int(torch.randint(workload.batch, ()))
+        first = int(torch.randint(workload.heads - count + 1, ()))
+        heads = slice(first, first + count)
+        part = part_of(inputs, image, heads)
+        return cls(subject, inputs, image, heads, part, Expectation.of(part).compare)
+
+    def check(self, peer: Peer, step: str) -> Parity:
+        """Run a peer on all of the inputs, memory poisoned, and compare that part of its output and gradients."""
+        # Compiled code would be compiled again for the poison's deterministic mode.
+        with nullcontext() if peer.compiled else poisoned_memory(), grad_mode(step):
+            if step == FORWARD:
+                results = {"output": peer.attend(without_gradients(self.inputs))}
+            else:
+                output = peer.attend(self.inputs)
+                tensors = self.inputs.differentiable()
+                gradients = torch.autograd.grad(output, list(tensors.values()), self.inputs.grad_output)
+                results = {"output": output.detach(), **dict(zip(tensors, gradients, strict=True))}
+        parts = {name: tensor[self.image : self.image + 1, self.heads] for name, tensor in results.items()}
+        worst = max(self.compare(parts), key=lambda comparison: comparison.ratio)
+        return Parity(
+            workload=self.subject.workload.name,
+            dtype=self.subject.dtype,
+            peer=peer.name,
+            ratio=worst.ratio,
+            worst=worst.name,
+            where=f"image {self.image}, heads {self.heads.start} to {self.heads.stop - 1}",
+            logit_error=peer.logit_error(self.part) if peer.logit_error is not None else None,
+        )
+
+
+@dataclass
+class Clock:
+    """How much of the run's time is left."""
+
+    seconds: float
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def may_begin(self) -> bool:
+        return self.spent < self.seconds
+
+    @property
+    def may_compile(self) -> bool:
+        return self.spent < self.seconds / 2
+
+
+def admit(subject: Subject, inputs: Inputs, clock: Clock, report: Report) -> dict[str, list[str]]:
+    """The peers to measure in each step: those that can run, compile in time, and are at parity if they are ours."""
+    gate = Gate.of(subject, inputs)
+    admitted: dict[str, list[str]] = {FORWARD: [], BOTH: []}
+    for name, peer in subject.peers.items():
+        reasons = {step: peer.unsupported(gate.inputs, step == BOTH) for step in admitted}
+        if peer.compiled and not clock.may_compile:
+            reasons = dict.fromkeys(admitted, "it compiles, and the time for that was up")
+        parity = None
+        for step in (BOTH, FORWARD):
+            if reasons[step] is not None:
+                continue
+            try:
+                if not peer.same:
+                    seconds = seconds_of(make_call(peer, step, gate.inputs), subject.device)
+                elif parity is None:
+                    start = time.perf_counter()
+                    parity = gate.check(peer, step)
+                    seconds = time.perf_counter() - start
+                elif peer.compiled:
+                    with grad_mode(step):
+                        seconds = seconds_of(make_call(peer, step, gate.inputs), subject.device)
+            except Exception as error:  # a peer that fails says so in the table, and must not end the run
+                reasons[step] = explain(error)
+                continue
+            if peer.compiled:
+                report.rows.append(subject.row("compile", step, name, [seconds]))
+        if parity is not None:
+            report.parity.append(parity)
+            if peer.ours and not parity.within:
+                reasons = dict.fromkeys(admitted, f"PARITY FAILED: {parity}")
+        for step, names in admitted.items():
+            if reasons[step] is None:
+                names.append(name)
+        if len(set(reasons.values())) == 1:
+            reasons = {"": reasons[FORWARD]}
+        report.not_measured += [subject.left(name, step, reason) for step, reason in reasons.items() if reason]
+    return admitted

@@ -1,0 +1,110 @@
+"""What `smca bench` looks at in one go: a workload in one dtype on one device, with its peers, and calls of these.
+
+`make_call` gives a peer's forward, or its forward and backward, ready to be called; it belongs inside `grad_mode` of
+the same step. The sizes of inputs and outputs are those that memory is compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smca_kernels.parity import Inputs
+
+from .records import Left, Row
+from .workloads import FORWARD, MEASURES, Workload
+
+if TYPE_CHECKING:
+    from .peers import Peer
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A workload in one dtype on one device, and its peers."""
+
+    workload: Workload
+    dtype: str
+    device: torch.device
+    peers: Mapping[str, Peer]
+
+    def inputs(self, seed: int = SEED) -> Inputs:
+        """Random inputs that require gradients."""
+        return self.workload.inputs(self.dtype, seed, self.device)
+
+    def row(self, measure: str, step: str, peer: str, values: Sequence[float]) -> Row:
+        """A row of values in the measure's unit."""
+        cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else None
+        return Row(
+            measure=measure,
+            workload=self.workload.name,
+            step=step,
+            dtype=self.dtype,
+            peer=peer,
+            unit=MEASURES[measure],
+            value=statistics.median(values),
+            q20=cuts[0] if cuts else None,
+            q80=cuts[-1] if cuts else None,
+            repeats=len(values),
+        )
+
+    def left(self, peer: str, step: str, reason: str) -> Left:
+        return Left(self.workload.name, self.dtype, peer, step, reason)
+
+
+def without_gradients(inputs: Inputs) -> Inputs:
+    """The same values, of which none requires a gradient."""
+    tensors: dict[str, Any] = {name: tensor.detach() for name, tensor in inputs.differentiable().items()}
+    return dataclasses.replace(inputs, **tensors)
+
+
+def make_call(peer: Peer, step: str, inputs: Inputs) -> Callable[[], Any]:
+    """A peer's forward, or its forward and backward, on inputs, ready to be called."""
+    if step == FORWARD:
+        return partial(peer.attend, without_gradients(inputs))
+    leaves = list(inputs.differentiable().values())
+
+    def both() -> tuple[Tensor, ...]:
+        # Those that compute something else don't use all of the inputs.
+        return torch.autograd.grad(peer.attend(inputs), leaves, inputs.grad_output, allow_unused=not peer.same)
+
+    return both
+
+
+def grad_mode(step: str) -> torch.set_grad_enabled:
+    """Gradients are recorded in steps that have a backward."""
+    return torch.set_grad_enabled(step != FORWARD)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call until the device has done it."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def input_bytes(inputs: Inputs) -> int:
+    """Bytes of the operator's six tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in inputs.differentiable().values())
+
+
+def output_bytes(inputs: Inputs) -> int:
+    """Bytes of the output and the six gradients."""
+    return input_bytes(inputs) + inputs.query.numel() * inputs.query.element_size()
+
+
+def per_scale_bytes(inputs: Inputs) -> int:
+    """Bytes of an output for every scale, in query's dtype, with a float32 log-sum-exp for every row."""
+    rows = inputs.query.shape[:3].numel()
+    return len(inputs.spatial_shapes) * (inputs.query.numel() * inputs.query.element_size() + rows * 4)
