@@ -28,6 +28,10 @@ from smca_kernels.parity import Inputs
 HALF = (torch.float16, torch.bfloat16)
 POINTS = 4  # that deformable attention samples, per head and scale
 
+# Functions are compiled for the shape of each scale, with gradients and without: more often than is allowed by default.
+compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+torch._dynamo.config.recompile_limit = 64
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -103,8 +107,7 @@ def naive(inputs: Inputs) -> Tensor:
     return reference.attention(*inputs.backend_arguments())
 
 
-# Static shapes: what a compiler knows it can use.
-_compiled_naive = torch.compile(reference.attention, dynamic=False, fullgraph=True)
+_compiled_naive = compiled(reference.attention)
 
 
 def naive_compiled(inputs: Inputs) -> Tensor:
@@ -160,12 +163,10 @@ def _features(height: int, width: int, dtype: torch.dtype, device: torch.device)
     return torch.stack([x**2, x, y**2, y], -1).to(dtype)
 
 
-def wide(inputs: Inputs, multiple: int = 1) -> list[tuple[Tensor, Tensor]]:
+def wide(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
     """Queries and keys of each scale, widened by the prior's four columns, and one for padding where there is any.
 
-    Args:
-        inputs: what to widen.
-        multiple: of channels; zeros fill up.
+    Zeros fill up to a multiple of 8 channels, so that rows start at multiples of 16 bytes.
     """
     batch, heads, _, head_dim = inputs.query.shape
     scale, dtype = softmax_scale(inputs), inputs.query.dtype
@@ -180,7 +181,7 @@ def wide(inputs: Inputs, multiple: int = 1) -> list[tuple[Tensor, Tensor]]:
         if mask is not None:
             coefficients = pad(coefficients, (0, 1), value=1.0)
             features = torch.cat([features, (mask * -3e4).to(dtype)[..., None]], -1)  # 0 after the softmax
-        surplus = -(head_dim + features.shape[-1]) % multiple
+        surplus = -(head_dim + features.shape[-1]) % 8
         coefficients = pad(coefficients.to(dtype), (0, surplus)).expand(-1, heads, -1, -1)
         features = pad(features, (0, surplus))[:, None].expand(-1, heads, -1, -1)
         pairs.append((torch.cat([inputs.query, coefficients], -1), torch.cat([key, features], -1)))
@@ -188,8 +189,8 @@ def wide(inputs: Inputs, multiple: int = 1) -> list[tuple[Tensor, Tensor]]:
 
 
 def _padded_wide(inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The same with values of the same width, a multiple of 8, as fused kernels want them."""
-    pairs = zip(wide(inputs, 8), _by_scale(inputs.value, inputs), strict=True)
+    """The same with values of the same width, as fused kernels want them."""
+    pairs = zip(wide(inputs), _by_scale(inputs.value, inputs), strict=True)
     return [(query, key, pad(value, (0, query.shape[-1] - value.shape[-1]))) for (query, key), value in pairs]
 
 
@@ -251,8 +252,8 @@ def _flex_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
     return out
 
 
-_compiled_flex_captured = torch.compile(_flex_captured, dynamic=False, fullgraph=True)
-_compiled_flex_plain = torch.compile(_flex_plain, dynamic=False, fullgraph=True)
+_compiled_flex_captured = compiled(_flex_captured)
+_compiled_flex_plain = compiled(_flex_plain)
 
 
 def flex(inputs: Inputs, kernel: Callable[..., Tensor] = _compiled_flex_captured) -> Tensor:
@@ -358,7 +359,7 @@ PEERS: dict[str, Peer] = {
         ),
         Peer(
             "flex-wide",
-            "FlexAttention, static shapes, on queries and keys widened by the prior's four columns",
+            "FlexAttention, static shapes, on queries and keys widened as for sdpa-wide; preparation widens them",
             flex_wide,
             prepare=wide,
             unsupported=flex_unsupported,
