@@ -17,6 +17,7 @@ import gc
 import json
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BATCH_SIZE = 2  # on one GPU, as the paper trains
 BOXES = 7  # in an image: COCO's mean
 MOST_IMAGES = 256  # in a batch
+MEMORY_IS_OUT = ("out of memory", "ALLOC_FAILED", "unable to find an engine")  # as torch, Triton and cuDNN's kin say it
 SEED = 0
 
 
@@ -153,6 +155,10 @@ class Subject:
         self.trainer.model.backend = BACKENDS[co_attention]
         self.trainer.train_step([batch or self.batch])
 
+    def drop_gradients(self) -> None:
+        """Of the last step, which are kept until the next."""
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+
     def infer(self, co_attention: str) -> None:
         """Detections in one image; the model must be in evaluation mode."""
         import torch
@@ -172,10 +178,12 @@ class Subject:
         fitted = True
         try:
             self.step(co_attention, self.make_batch(size))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not any(text in str(error) for text in MEMORY_IS_OUT):
+                raise
             fitted = False
         # Outside of the handler, whose traceback holds the step's tensors.
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -227,8 +235,11 @@ def measure(subject: Subject, repeats: Repeats) -> Iterator[Row | str]:
     tell(f"{subject.preset}: {repeats.step} steps of each …")
     calls = {kind: functools.partial(_drop_number, functools.partial(subject.step, kind)) for kind in BACKENDS}
     steps = {kind: Time.of(seconds) for kind, seconds in interleaved_times(calls, repeats.step, device).items()}
-    step_peaks = {kind: peak_bytes(functools.partial(subject.step, kind), device) for kind in BACKENDS}
-    subject.trainer.optimizer.zero_grad(set_to_none=True)
+    step_peaks = {}
+    for kind in BACKENDS:
+        subject.drop_gradients()
+        step_peaks[kind] = peak_bytes(functools.partial(subject.step, kind), device)
+    subject.drop_gradients()
     subject.trainer.model.eval()
     tell(f"{subject.preset}: {repeats.image} images with each …")
     calls = {kind: functools.partial(_drop_number, functools.partial(subject.infer, kind)) for kind in BACKENDS}
@@ -330,8 +341,9 @@ def run(args: argparse.Namespace) -> int:
         tell(f"{preset}: {size[0]}×{size[1]}, batch {args.batch_size}, {precision} on {device} …")
         try:
             results = list(measure(Subject(preset, precision, tuple(size), args.batch_size, device), repeats))
-        except torch.OutOfMemoryError as error:
-            results = [f"not measured: {str(error).splitlines()[0]}"]
+        except Exception as error:  # out of memory, say; the others may well work
+            tell(traceback.format_exc())
+            results = [f"not measured: {(str(error) or repr(error)).splitlines()[0]}"]
         gc.collect()
         rows += [result for result in results if isinstance(result, Row)]
         wrong = [result for result in results if isinstance(result, str)]
