@@ -9,13 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import MAX_HEAD_DIM, MAX_SCALES, _grids, _valid_shapes, attention_map, smca_attention
+from .attention import (
+    BACKENDS,
+    MAX_HEAD_DIM,
+    MAX_SCALES,
+    _grids,
+    _has_triton_tensor_cores,
+    _valid_shapes,
+    attention_map,
+    smca_attention,
+)
 from .reference import SpatialShapes
 
 GEOMETRIES = ("official", "paper")
@@ -162,6 +172,7 @@ class SpatialPrior(nn.Module):
         image_sizes: Tensor | None = None,  # [B, 2]
         valid_shapes: ValidShapes | None = None,  # [B, S, 2]
         key_padding_mask: Tensor | None = None,  # [B, T]
+        backend: str = "auto",
     ) -> SpatialPriorOutput:
         """The prior of every query; a centre of 0…1 is spread over the part of each grid that is image.
 
@@ -176,13 +187,16 @@ class SpatialPrior(nn.Module):
             image_sizes: [B, 2], (height, width) of each image in pixels, without padding.
             valid_shapes: [B, S, 2], (height, width) in cells of the part of each grid that is image.
             key_padding_mask: [B, T] bool, True = padding.
+            backend: "triton" computes everything after the linear layers in one launch, "sdpa" and "reference" in
+                PyTorch, and "auto" by Triton where `smca_attention` would. Modulation "none" has nothing to fuse.
 
         Returns:
             center, precision, scale_weights and reference_logits; see `SpatialPriorOutput`. With modulation
             "none" precision is 0, and reference_logits are 0 unless given.
 
         Raises:
-            TypeError, ValueError: for an argument of wrong type or shape, and for missing reference_logits.
+            TypeError, ValueError: for an argument of wrong type, shape or device, for missing reference_logits,
+                and for backend "triton" where it can't serve.
         """
         _check_shape("features", features, B=None, N=None, E=self.embed_dim)
         _check_floating("features", features)
@@ -190,6 +204,9 @@ class SpatialPrior(nn.Module):
         if reference_logits is not None:
             _check_shape("reference_logits", reference_logits, B=batch, N=queries, xy=2)
             _check_floating("reference_logits", reference_logits)
+            _check_device("reference_logits", reference_logits, features.device)
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
         shapes = _grids(spatial_shapes)
         if len(shapes) != len(self.strides):
             raise ValueError(
@@ -198,13 +215,15 @@ class SpatialPrior(nn.Module):
         with _autocast_off(features.device.type):
             if self.norm is not None:
                 features = self.norm(features.to(self.norm.weight.dtype))
-            scale_weights = None
-            if self.scale_selection is not None:
-                scale_weights = _predict(self.scale_selection, features).softmax(-1).unsqueeze(1)
+            offset, object_scale, selection = (
+                None if predictor is None else _predict(predictor, features)
+                for predictor in (self.offset, self.object_scale, self.scale_selection)
+            )
             if self.modulation == "none":
                 if reference_logits is None:
                     reference_logits = _at_least_float32(features).new_zeros(batch, queries, 2)
                 center = reference_logits.new_zeros(batch, 1, queries, len(self.strides), 2)
+                scale_weights = _selected(selection)
                 return SpatialPriorOutput(center, torch.zeros_like(center), scale_weights, reference_logits)
             if reference_logits is None:
                 if self.center_mlp is None:
@@ -212,51 +231,89 @@ class SpatialPrior(nn.Module):
                         "reference_logits must be given to a prior made with predicts_center=False, got None"
                     )
                 reference_logits = _predict(self.center_mlp, features)
-            reference_logits = _at_least_float32(reference_logits)
-            extent = self._extent(reference_logits, shapes, image_sizes, valid_shapes, key_padding_mask)
-            center = (reference_logits.sigmoid().unsqueeze(2) * extent.unsqueeze(1)).unsqueeze(1)
-            if self.offset is not None:
-                center = center + self._per_map(_predict(self.offset, features), 2)
-            precision = self._precision(features, center)
+            part = self._image_part(features, shapes, image_sizes, valid_shapes, key_padding_mask)
+            return self._locate(reference_logits, offset, object_scale, selection, *part, shapes, backend)
+
+    def _locate(
+        self,
+        reference_logits: Tensor,  # [B, N, 2]
+        offset: Tensor | None,  # [B, N, S · map_heads · 2]
+        object_scale: Tensor | None,  # [B, N, S · map_heads · axes]
+        selection: Tensor | None,  # [B, N, S]
+        image_sizes: Tensor | None,  # [B, 2]
+        cells: Tensor | None,  # [B, S, 2]
+        shapes: SpatialShapes,
+        backend: str,
+    ) -> SpatialPriorOutput:
+        """The prior from the outputs of the linear layers, by kernels/prior.py or by what defines it."""
+        raw = (reference_logits, offset, object_scale, selection)
+        fused = _fused_prior(backend, [tensor for tensor in raw if tensor is not None], image_sizes)
+        if fused is not None:
+            floor = MIN_SQUARED_OBJECT_SCALE if self.geometry == "paper" else None
+            center, precision, scale_weights, reference_logits = fused.prior(
+                *raw, image_sizes, cells, shapes, self.strides, self._factors(), floor, self.map_heads
+            )
             return SpatialPriorOutput(center, precision, scale_weights, reference_logits)
+        extent = self._extent(reference_logits, shapes, image_sizes, cells)
+        reference_logits = _at_least_float32(reference_logits)
+        center = (reference_logits.sigmoid().unsqueeze(2) * extent.unsqueeze(1)).unsqueeze(1)
+        if offset is not None:
+            center = center + self._per_map(_at_least_float32(offset), 2)
+        precision = self._precision(object_scale, center)
+        return SpatialPriorOutput(center, precision, _selected(selection), reference_logits)
 
     def _per_map(self, outputs: Tensor, axes: int) -> Tensor:
         """[B, N, S · map_heads · axes] → [B, map_heads, N, S, axes]."""
         batch, queries, _ = outputs.shape
         return outputs.view(batch, queries, len(self.strides), self.map_heads, axes).permute(0, 3, 1, 2, 4)
 
-    def _precision(self, features: Tensor, like: Tensor) -> Tensor:
+    def _precision(self, object_scale: Tensor | None, like: Tensor) -> Tensor:
         """[B, map_heads, N, S, 2] per cell², from the object scale s by Eq. 4 or the official form of it."""
-        if self.object_scale is None:
+        if object_scale is None:
             squared_scale = like.new_ones(()).expand(like.shape)
         else:
-            squared_scale = self._per_map(_predict(self.object_scale, features), self.axes).square()
-            squared_scale = squared_scale.expand_as(like)
+            squared_scale = self._per_map(_at_least_float32(object_scale), self.axes).square().expand_as(like)
         if self.geometry == "paper":
             return 1.0 / (self.beta * squared_scale.clamp(min=MIN_SQUARED_OBJECT_SCALE))
         if len(self.strides) == 1:
             return squared_scale / self.beta
-        factors = [stride / REFERENCE_STRIDE / self.beta for stride in self.strides]
-        return squared_scale * _vector(factors, like).unsqueeze(-1)
+        return squared_scale * _vector(self._factors(), like).unsqueeze(-1)
 
-    def _extent(
+    def _factors(self) -> list[float]:
+        """Precision of each scale at s = 1."""
+        if self.geometry == "paper" or len(self.strides) == 1:
+            return [1.0 / self.beta] * len(self.strides)
+        return [stride / REFERENCE_STRIDE / self.beta for stride in self.strides]
+
+    def _image_part(
         self,
-        like: Tensor,
+        features: Tensor,
         shapes: SpatialShapes,
         image_sizes: Tensor | None,
         valid_shapes: ValidShapes | None,
         key_padding_mask: Tensor | None,
-    ) -> Tensor:
-        """(width, height) in cells of the part of each grid that is image, [B or 1, S, 2] in like's dtype."""
-        batch = like.shape[0]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(height, width) of the part that is image: image_sizes [B, 2] in pixels, or cells [B, S, 2], or neither."""
+        batch = features.shape[0]
         if image_sizes is not None:
             _check_shape("image_sizes", image_sizes, B=batch, height_width=2)
-            sizes = image_sizes.to(like.dtype).flip(-1)
-            return sizes.unsqueeze(1) / _vector(self.strides, like).unsqueeze(-1)
+            _check_device("image_sizes", image_sizes, features.device)
+            return image_sizes, None
         if valid_shapes is not None:
-            return _valid_shapes(valid_shapes, batch, shapes, like.device).to(like.dtype).flip(-1)
+            return None, _valid_shapes(valid_shapes, batch, shapes, features.device)
         if key_padding_mask is not None:
-            return _extent_left_by(key_padding_mask, shapes, batch).to(like.dtype)
+            return None, _cells_left_by(key_padding_mask, shapes, batch, features.device)
+        return None, None
+
+    def _extent(
+        self, logits: Tensor, shapes: SpatialShapes, image_sizes: Tensor | None, cells: Tensor | None
+    ) -> Tensor:
+        """(width, height) in cells of the part of each grid that is image, [B or 1, S, 2], as logits but float32."""
+        like = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if image_sizes is not None:
+            return image_sizes.to(like.dtype).flip(-1).unsqueeze(1) / _vector(self.strides, like).unsqueeze(-1)
+        if cells is not None:
+            return cells.to(like.dtype).flip(-1)
         heights, widths = zip(*shapes, strict=True)
         return torch.stack((_vector(widths, like), _vector(heights, like)), -1).unsqueeze(0)
 
@@ -378,7 +435,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
                 from valid_shapes, else key_padding_mask, else spatial_shapes.
             valid_shapes: [B, S, 2], (height, width) in cells of the top-left part of each grid that is image.
             key_padding_mask: [B, T] bool, True = ignore. Not together with valid_shapes, which is faster.
-            backend: as `smca_attention`.
+            backend: as `smca_attention`; also that of the prior.
 
         Returns:
             output [N, B, E] (or [B, N, E]), and the `SpatialPriorOutput` that it was computed with, whose
@@ -395,6 +452,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
             image_sizes=image_sizes,
             valid_shapes=valid_shapes,
             key_padding_mask=key_padding_mask,
+            backend=backend,
         )
         batch = prior.center.shape[0]
         self._check_sequence("key", key, batch)
@@ -616,13 +674,38 @@ def _mlp(width: int, depth: int) -> nn.Sequential:
 
 
 def _predict(module: nn.Module, features: Tensor) -> Tensor:
-    """Run in the dtype of the parameters; in half precision a centre of 100 cells would be 0.1 cells off."""
-    dtype: torch.dtype = next(module.parameters()).dtype
-    outputs: Tensor = module(features.to(dtype))
-    return _at_least_float32(outputs)
+    """In the dtype of the parameters, whatever that of the features."""
+    outputs: Tensor = module(features.to(next(module.parameters()).dtype))
+    return outputs
+
+
+def _selected(logits: Tensor | None) -> Tensor | None:
+    """Scale weights [B, 1, N, S]."""
+    return None if logits is None else _at_least_float32(logits).softmax(-1).unsqueeze(1)
+
+
+def _fused_prior(backend: str, raw: Sequence[Tensor], image_sizes: Tensor | None) -> ModuleType | None:
+    """kernels/prior.py if it is to compute the prior from these projections, None if PyTorch is."""
+    device = raw[0].device
+    if backend in ("sdpa", "reference"):
+        return None
+    if backend == "auto" and not (device.type == "cuda" and _has_triton_tensor_cores(device)):
+        return None
+    try:
+        from .kernels import prior  # Triton is imported only where it is wanted
+    except ImportError as error:
+        reason: str | None = f"it can't be imported here ({error})"
+    else:
+        reason = prior.unsupported(raw, image_sizes)
+    if reason is None:
+        return prior
+    if backend == "triton":
+        raise ValueError(f"backend='triton' can't serve this call: {reason}")
+    return None
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
+    """In half precision a centre of 100 cells would be 0.1 cells off."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -631,17 +714,18 @@ def _vector(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), value) for value in values])
 
 
-def _extent_left_by(key_padding_mask: Tensor, shapes: SpatialShapes, batch: int) -> Tensor:
-    """(width, height) [B, S, 2]: how many columns and rows of each grid have a key that counts."""
+def _cells_left_by(key_padding_mask: Tensor, shapes: SpatialShapes, batch: int, device: torch.device) -> Tensor:
+    """(height, width) [B, S, 2]: how many rows and columns of each grid have a key that counts."""
     sizes = [height * width for height, width in shapes]
     _check_shape("key_padding_mask", key_padding_mask, B=batch, T=sum(sizes))
     if key_padding_mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be a torch.bool tensor, got {key_padding_mask.dtype}")
-    extents = []
+    _check_device("key_padding_mask", key_padding_mask, device)
+    cells = []
     for ignored, (height, width) in zip(torch.split(key_padding_mask, sizes, dim=1), shapes, strict=True):
         counts = ~ignored.reshape(batch, height, width)
-        extents.append(torch.stack((counts.any(1).sum(-1), counts.any(2).sum(-1)), -1))
-    return torch.stack(extents, 1)
+        cells.append(torch.stack((counts.any(2).sum(-1), counts.any(1).sum(-1)), -1))
+    return torch.stack(cells, 1)
 
 
 def _autocast_off(device_type: str) -> AbstractContextManager[Any]:
@@ -666,6 +750,11 @@ def _check_shape(name: str, tensor: Any, **axes: int | None) -> None:
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as features, got {tensor.device}")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -717,6 +717,10 @@ def test_wrong_constructor_arguments_are_named(options: dict[str, Any], error: t
         ({"valid_shapes": torch.zeros(2, 2, 2)}, TypeError, "valid_shapes must be an integer tensor"),
         ({"key_padding_mask": torch.zeros(2, 9).bool()}, ValueError, "key_padding_mask must be"),
         ({"key_padding_mask": torch.zeros(2, KEYS)}, TypeError, "key_padding_mask must be a torch.bool"),
+        ({"key_padding_mask": torch.zeros(2, KEYS, device="meta").bool()}, ValueError, "must be on cpu as features"),
+        ({"image_sizes": torch.zeros(2, 2, device="meta")}, ValueError, "must be on cpu as features, got meta"),
+        ({"reference_logits": torch.zeros(2, 3, 2, device="meta")}, ValueError, "must be on cpu as features, got meta"),
+        ({"backend": "cuda"}, ValueError, r"backend must be one of \('auto', 'triton', .*\), got 'cuda'"),
     ],
 )
 def test_wrong_inputs_are_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
