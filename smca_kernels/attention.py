@@ -20,11 +20,15 @@ OTHER_TENSORS = ("key", "value", "center", "precision", "scale_weights")
 MAX_HEAD_DIM = 128
 MAX_SCALES = 8
 
+# Of a query's softmax over a scale, what may be left out unless a caller says otherwise: for float32 its unit
+# roundoff, for half precision an eighth of that (docs/locality.md).
+MASS_TOLERANCES = {torch.float32: 2.0**-24, torch.float16: 2.0**-14, torch.bfloat16: 2.0**-11, torch.float64: 0.0}
+
 # What every backend takes: query, key, value, center, precision, scale_weights, spatial_shapes, valid_shapes,
-# key_padding_mask, dropout_p, scale.
+# key_padding_mask, dropout_p, scale, mass_tolerance.
 Inputs: TypeAlias = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, reference.SpatialShapes, Tensor | None, Tensor | None,
-    float, float,
+    float, float, float,
 ]  # fmt: skip
 
 # Of a backend's name and function, the function to call instead: how `smca_kernels.profile` sees calls. Usually unset.
@@ -63,6 +67,7 @@ def smca_attention(
     key_padding_mask: Tensor | None = None,  # [B, T]
     dropout_p: float = 0.0,
     scale: float | None = None,
+    mass_tolerance: float | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [B, H, N, D]
     """Spatially modulated co-attention of object queries to the feature maps of one or more scales.
@@ -84,6 +89,10 @@ def smca_attention(
         key_padding_mask: [B, T] bool, True = ignore that key. Not together with valid_shapes.
         dropout_p: probability of dropping each element of P after the softmax, in [0, 1].
         scale: softmax scale; None is D ** -0.5.
+        mass_tolerance: of each query's softmax over each scale, the most that may be left out: keys which the prior
+            provably makes that unlikely need not be looked at. In [0, 1); 0 computes all. None leaves out less than
+            the rounding of query's dtype: 2⁻²⁴ for float32, 2⁻¹⁴ for float16, 2⁻¹¹ for bfloat16 (docs/locality.md).
+            Only "triton" makes use of it, from a size on where that saves time.
         backend: "auto", "triton", "sdpa" or "reference"; `explain_backend` tells what "auto" chooses.
 
     Returns:
@@ -101,7 +110,7 @@ def smca_attention(
         query, key, value = _cast(dtype, query, key, value)
     inputs = _validated(
         query, key, value, center, precision, scale_weights, spatial_shapes, valid_shapes, key_padding_mask,
-        dropout_p, scale,
+        dropout_p, scale, mass_tolerance,
     )  # fmt: skip
     backend = _choose(backend, inputs)[0]
     attention = _module(backend).attention
@@ -127,6 +136,7 @@ def explain_backend(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    mass_tolerance: float | None = None,
     backend: str = "auto",
 ) -> BackendChoice:
     """Which backend `smca_attention` would use for these arguments, and why not the others.
@@ -145,7 +155,7 @@ def explain_backend(
         query, key, value = _cast(dtype, query, key, value)
     inputs = _validated(
         query, key, value, center, precision, scale_weights, spatial_shapes, valid_shapes, key_padding_mask,
-        dropout_p, scale,
+        dropout_p, scale, mass_tolerance,
     )  # fmt: skip
     chosen, passed_over = _choose(backend, inputs)
     if backend != "auto":
@@ -186,9 +196,9 @@ def attention_map(
     Source: Eq. 6.
     """
     inputs = _validated(
-        query, key, key, center, precision, None, spatial_shapes, valid_shapes, key_padding_mask, 0.0, scale
+        query, key, key, center, precision, None, spatial_shapes, valid_shapes, key_padding_mask, 0.0, scale, 0.0
     )
-    query, key, _, center, precision, _, shapes, valid, mask, _, softmax_scale = inputs
+    query, key, _, center, precision, _, shapes, valid, mask, _, softmax_scale, _ = inputs
     if queries is not None:
         chosen = _query_indices(queries, query.shape[2], query.device)
         query, center, precision = query[:, :, chosen], center[:, :, chosen], precision[:, :, chosen]
@@ -284,6 +294,7 @@ def _validated(
     key_padding_mask: Tensor | None,
     dropout_p: float,
     scale: float | None,
+    mass_tolerance: float | None,
 ) -> Inputs:
     """Everything checked and brought into the backends' form; sizes may be symbolic while tracing."""
     _check_kinds(query, key, value, center, precision, scale_weights)
@@ -312,9 +323,15 @@ def _validated(
         raise TypeError(f"scale must be a number or None, got {_kind(scale)}")
     elif not abs(scale) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
+    if mass_tolerance is None:
+        mass_tolerance = MASS_TOLERANCES[query.dtype]
+    elif not isinstance(mass_tolerance, (float, int)):
+        raise TypeError(f"mass_tolerance must be a number or None, got {_kind(mass_tolerance)}")
+    elif not 0.0 <= mass_tolerance < 1.0:
+        raise ValueError(f"mass_tolerance must be in [0, 1), got {mass_tolerance}")
     return (
         query, key, value, center, precision, scale_weights, shapes, valid_shapes, key_padding_mask,
-        dropout_p, scale,
+        dropout_p, scale, mass_tolerance,
     )  # fmt: skip
 
 

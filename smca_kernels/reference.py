@@ -77,6 +77,7 @@ def attention(
     key_padding_mask: Tensor | None,
     dropout_p: float,
     scale: float,
+    mass_tolerance: float = 0.0,
 ) -> Tensor:
     """The backend "reference"; arguments as in `smca_kernels.smca_attention`, already validated."""
     sizes = [height * width for height, width in spatial_shapes]

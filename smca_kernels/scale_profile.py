@@ -45,7 +45,8 @@ class Row:
         valid_keys: keys that count, neither padded nor masked, as a mean over the images of the batch.
         tiles: key tiles that the forward kernel walks, over all images, heads and blocks of queries; None for a
             backend without tiles.
-        tiles_skipped: key tiles that it leaves out because all of their keys are padding.
+        tiles_skipped: key tiles that it leaves out, because all of their keys are padding or because the prior makes
+            them too unlikely for a whole block (mass_tolerance).
         milliseconds: median time of the call with this scale alone.
         share: of the sum of these times over all calls and scales.
         bytes_moved: what the operations of this scale take and give; a fused kernel's tensors count once.
@@ -179,8 +180,9 @@ class Profile:
                 print(f"co-attention {number} of {len(self._calls)} …", file=sys.stderr, flush=True)
             with call.circumstances():
                 seconds = call.seconds(f"co-attention {number}", self._repeats)
+                tiles = call.tiles()
                 scales = [call.of_scale(s) for s in range(len(call.spatial_shapes))]
-                rows += [scale.row(number, s, seconds[s]) for s, scale in enumerate(scales, 1)]
+                rows += [scale.row(number, s, seconds[s], *tiles[s - 1]) for s, scale in enumerate(scales, 1)]
             calls.append(call.call_row(number, seconds[0]))
         total = sum(row.milliseconds for row in rows)
         self._measured = calls, [replace(row, share=row.milliseconds / total) for row in rows]
@@ -239,6 +241,7 @@ class _Call:
     key_padding_mask: Tensor | None
     dropout_p: float
     scale: float
+    mass_tolerance: float
 
     @classmethod
     def of(cls, backend: str, function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> _Call:
@@ -308,7 +311,7 @@ class _Call:
             for tensor, wanted in zip(self.tensors, self.wanted, strict=True)
         ]
         masks = self.spatial_shapes, self.valid_shapes, self.key_padding_mask
-        out = self.function(*tensors, *masks, self.dropout_p, self.scale)
+        out = self.function(*tensors, *masks, self.dropout_p, self.scale, self.mass_tolerance)
         leaves = [tensor for tensor, wanted in zip(tensors, self.wanted, strict=True) if wanted and tensor is not None]
         if leaves:
             torch.autograd.grad(out, leaves, out.detach())
@@ -336,13 +339,12 @@ class _Call:
             number, self.backend, dtype, device, self.step, batch, heads, queries, head_dim, milliseconds
         )  # fmt: skip
 
-    def row(self, call: int, scale: int, seconds: float) -> Row:
+    def row(self, call: int, scale: int, seconds: float, tiles: int | None, tiles_skipped: int | None) -> Row:
         """Of a call with one scale; its share is not known yet."""
         ((height, width),) = self.spatial_shapes
         precision, weights = self.tensors[4:]
         assert precision is not None
         sigma_median, sigma_90 = prior_width(precision)
-        tiles, skipped = self.tiles()
         return Row(
             call=call,
             scale=scale,
@@ -351,7 +353,7 @@ class _Call:
             keys=height * width,
             valid_keys=self.valid_keys(),
             tiles=tiles,
-            tiles_skipped=skipped,
+            tiles_skipped=tiles_skipped,
             milliseconds=1e3 * seconds,
             share=math.nan,
             bytes_moved=bytes_moved(self.run),
@@ -360,34 +362,50 @@ class _Call:
             sigma_90=sigma_90,
         )
 
-    def valid_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each image's part of the only grid, as valid_shapes has it."""
-        ((height, width),) = self.spatial_shapes
+    def valid_sizes(self, s: int) -> list[tuple[int, int]]:
+        """(height, width) of each image's part of a grid, as valid_shapes has it."""
+        height, width = self.spatial_shapes[s]
         if self.valid_shapes is None:
             return [(height, width)] * self.query.shape[0]
-        return [(min(max(h, 0), height), min(max(w, 0), width)) for h, w in self.valid_shapes[:, 0].tolist()]
+        return [(min(max(h, 0), height), min(max(w, 0), width)) for h, w in self.valid_shapes[:, s].tolist()]
 
     def valid_keys(self) -> float:
+        """Of the only scale."""
         if self.key_padding_mask is not None:
             return float((~self.key_padding_mask).sum() / self.query.shape[0])
-        return statistics.fmean(height * width for height, width in self.valid_sizes())
+        return statistics.fmean(height * width for height, width in self.valid_sizes(0))
 
-    def tiles(self) -> tuple[int | None, int | None]:
-        """Tiles that the forward kernel computes and skips at the only scale."""
+    def tiles(self) -> list[tuple[int | None, int | None]]:
+        """Of each scale, the tiles that the forward kernel computes and skips."""
         if self.backend != "triton":
-            return None, None
-        from .kernels import launch
+            return [(None, None)] * len(self.spatial_shapes)
+        from .kernels import launch, operator
 
-        query = self.query
-        _, heads, queries, head_dim = query.shape
+        query, key, _, center, precision, _ = self.tensors
+        assert query is not None
+        assert key is not None
+        assert center is not None
+        assert precision is not None
+        batch, heads, queries, head_dim = query.shape
         chosen = launch.configuration("forward", launch.architecture(query.device), query.dtype, head_dim)
         each = heads * -(-queries // chosen.block_n)
-        grids = self.spatial_shapes * query.shape[0]
-        walked, of_grids = (
-            each * sum(-(-height // chosen.tile_h) * -(-width // chosen.tile_w) for height, width in sizes)
-            for sizes in (self.valid_sizes(), grids)
-        )
-        return walked, of_grids - walked
+        plan = operator.plan_of(
+            query, key, center, precision, self.spatial_shapes, self.valid_shapes, self.key_padding_mask,
+            self.scale, self.mass_tolerance,
+        )  # fmt: skip
+
+        def cover(height: int, width: int) -> int:
+            return -(-height // chosen.tile_h) * -(-width // chosen.tile_w)
+
+        counts: list[tuple[int | None, int | None]] = []
+        for s, shape in enumerate(self.spatial_shapes):
+            if plan is None:
+                walked = each * sum(cover(*size) for size in self.valid_sizes(s))
+            else:
+                windows = plan.windows[..., s, :].flatten(0, -2).tolist()
+                walked = sum(cover(y1 - y0, x1 - x0) for x0, y0, x1, y1 in windows)
+            counts.append((walked, batch * each * cover(*shape) - walked))
+        return counts
 
 
 def prior_width(precision: Tensor) -> tuple[float | None, float | None]:

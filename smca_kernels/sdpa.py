@@ -44,6 +44,7 @@ def attention(
     key_padding_mask: Tensor | None,
     dropout_p: float,
     scale: float,
+    mass_tolerance: float = 0.0,
 ) -> Tensor:
     """The backend "sdpa"; arguments as in `smca_kernels.smca_attention`, already validated."""
     if dropout_p > 0.0:

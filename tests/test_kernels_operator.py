@@ -28,11 +28,16 @@ from smca_kernels.parity import (
 
 pytest.importorskip("triton")
 
-from smca_kernels.kernels import backward, forward, launch, operator
+from smca_kernels.kernels import backward, forward, launch, operator, windows
 
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 SMALL = Case("", ((3, 5), (2, 2)), queries=5)
+
+
+@pytest.fixture
+def always_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 0)
 
 
 # --- dropout ---
@@ -191,7 +196,14 @@ def operator_arguments(inputs: Inputs, dropout_p: float = 0.0) -> tuple[Any, ...
     *tensors, shapes, valid_shapes, key_padding_mask, _, scale = inputs.backend_arguments()
     seed = torch.ones(1, dtype=torch.int64, device=inputs.query.device) if dropout_p else None
     flat = [side for shape in shapes for side in shape]
-    return *tensors, valid_shapes, key_padding_mask, seed, flat, dropout_p, scale
+    return *tensors, valid_shapes, key_padding_mask, seed, None, flat, dropout_p, scale
+
+
+def plan_arguments(inputs: Inputs) -> tuple[Any, ...]:
+    """Arguments of torch.ops.smca_kernels.plan."""
+    query, key, _, center, precision, _, shapes, valid_shapes, key_padding_mask, _, scale = inputs.backend_arguments()
+    flat = [side for shape in shapes for side in shape]
+    return query, key, center, precision, valid_shapes, key_padding_mask, flat, scale, 2.0**-24
 
 
 @pytest.mark.parametrize(
@@ -221,6 +233,39 @@ def test_operator_passes_opcheck_with_frozen_inputs(
     detached = {name: getattr(inputs, name).detach() for name in frozen}
     arguments = operator_arguments(dataclasses.replace(inputs, **detached))
     torch.library.opcheck(torch.ops.smca_kernels.forward.default, arguments)
+
+
+@pytest.mark.parametrize("mask", ["none", "valid_shapes", "random"])
+def test_plan_and_what_it_is_given_to_pass_opcheck(
+    mask: str, device: torch.device, generator: torch.Generator, always_planned: None
+) -> None:
+    inputs = make_inputs(dataclasses.replace(SMALL, mask=mask), generator, device)
+    torch.library.opcheck(torch.ops.smca_kernels.plan.default, plan_arguments(inputs))
+    plan = torch.ops.smca_kernels.plan(*plan_arguments(inputs))
+    arguments = [plan if i == 9 else each for i, each in enumerate(operator_arguments(inputs))]
+    torch.library.opcheck(torch.ops.smca_kernels.forward.default, tuple(arguments))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_call_plans_where_it_pays(
+    device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+    plan_pays = launch.plan_pays
+
+    def noted(*arguments: Any) -> bool:
+        planned.append(plan_pays(*arguments))
+        return planned[-1]
+
+    monkeypatch.setattr(launch, "plan_pays", noted)
+    monkeypatch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 5 * 19)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=COMPILER)
+    for queries, pays in ((4, False), (6, True)):
+        inputs = make_inputs(dataclasses.replace(SMALL, queries=queries), generator, device)
+        planned.clear()
+        torch.testing.assert_close(compiled(inputs, "triton"), attend(inputs, "triton", mass_tolerance=0.0))
+        assert planned
+        assert all(each == pays for each in planned)
 
 
 def attend_maps(
@@ -365,12 +410,19 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append(dict(zip(self.names, args, strict=False)) | kwargs)
 
 
-KERNELS = ("forward_kernel", "weigh_kernel", "key_major_kernel", "query_major_kernel")
+MODULES = {
+    "survey_kernel": windows,
+    "window_kernel": windows,
+    "forward_kernel": forward,
+    "prepare_kernel": backward,
+    "key_major_kernel": backward,
+    "query_major_kernel": backward,
+}
 
 
 @pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
-    recorders = {name: Recorder(getattr(launch, name)) for name in KERNELS}
+def recorders(monkeypatch: pytest.MonkeyPatch, always_planned: None) -> dict[str, Recorder]:
+    recorders = {name: Recorder(getattr(launch, name)) for name in MODULES}
     for name, recorder in recorders.items():
         monkeypatch.setattr(launch, name, recorder)
     return recorders
@@ -383,12 +435,12 @@ def test_transposed_projections_reach_the_kernels_without_a_copy(
     inputs = make_inputs(case, generator, device)
     assert not inputs.query.is_contiguous()
     run_backend(inputs, "triton")
-    for kernel in ("forward_kernel", "key_major_kernel", "query_major_kernel"):
-        (arguments,) = recorders[kernel].launches
-        for name in ("query", "key", "value"):
-            assert arguments[name].data_ptr() == getattr(inputs, name).data_ptr(), (kernel, name)
-    (arguments,) = recorders["weigh_kernel"].launches
-    assert arguments["grad_out"].data_ptr() == inputs.grad_output.data_ptr()
+    given = {"query", "key", "value", "grad_out"}
+    for kernel, recorder in recorders.items():
+        (arguments,) = recorder.launches
+        for name in given & set(recorder.names):
+            tensor = inputs.grad_output if name == "grad_out" else getattr(inputs, name)
+            assert arguments[name].data_ptr() == tensor.data_ptr(), (kernel, name)
 
 
 def specialisation(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -432,13 +484,15 @@ def test_triton_is_told_to_specialise_on_no_number(
         # Compile-time constants are written in capitals.
         numbers = {each for each in recorder.names if each.islower() and isinstance(arguments[each], (int, float))}
         assert {"heads", "queries", "scales"} <= numbers
-        assert numbers <= set((forward if name == "forward_kernel" else backward).UNSPECIALIZED), name
+        assert numbers <= set(MODULES[name].UNSPECIALIZED), name
 
 
 @needs_gpu
-def test_other_sizes_add_nothing_to_the_kernel_caches(device: torch.device, generator: torch.Generator) -> None:
+def test_other_sizes_add_nothing_to_the_kernel_caches(
+    device: torch.device, generator: torch.Generator, always_planned: None
+) -> None:
     def compiled() -> int:
-        caches = [getattr(launch, name).device_caches[torch.cuda.current_device()] for name in KERNELS]
+        caches = [getattr(launch, name).device_caches[torch.cuda.current_device()] for name in MODULES]
         return sum(len(cache[0]) for cache in caches)
 
     run_backend(make_inputs(SMALL, generator, device), "triton")
@@ -450,7 +504,9 @@ def test_other_sizes_add_nothing_to_the_kernel_caches(device: torch.device, gene
 
 
 @needs_gpu
-def test_a_cuda_graph_replays_with_new_inputs(device: torch.device, generator: torch.Generator) -> None:
+def test_a_cuda_graph_replays_with_new_inputs(
+    device: torch.device, generator: torch.Generator, always_planned: None
+) -> None:
     case = dataclasses.replace(SMALL, dtype="float16", mask="valid_shapes")
     inputs, others = make_inputs(case, generator, device), make_inputs(case, generator, device)
     side_stream = torch.cuda.Stream()
@@ -470,7 +526,7 @@ def test_a_cuda_graph_replays_with_new_inputs(device: torch.device, generator: t
 
 
 @needs_gpu
-def test_a_call_never_waits_for_the_gpu(device: torch.device, generator: torch.Generator) -> None:
+def test_a_call_never_waits_for_the_gpu(device: torch.device, generator: torch.Generator, always_planned: None) -> None:
     inputs = make_inputs(dataclasses.replace(SMALL, mask="valid_shapes"), generator, device)
     run_backend(inputs, "triton", dropout_p=0.1)
     with _synchronisation_is_an_error():

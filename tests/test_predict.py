@@ -26,9 +26,9 @@ def cost(kernel: str, pass_: str, cycles: float, **tile: int) -> dict[str, Any]:
 
 FORWARD_COST = cost("forward", "forward", 0.1, TILE_H=8, TILE_W=16)
 KEY_MAJOR = cost("key_major", "backward", 0.2, TILE_H=8, TILE_W=16)
-WEIGH = cost("weigh", "backward", 0.01)
+PREPARE = cost("prepare", "backward", 0.01)
 TOTAL = cost("backward total", "backward", 0.3)
-COSTS = [FORWARD_COST, KEY_MAJOR, WEIGH, TOTAL]
+COSTS = [FORWARD_COST, KEY_MAJOR, PREPARE, TOTAL]
 
 
 def test_edges_cost_as_much_as_their_tiles_and_programs_run_side_by_side() -> None:
@@ -51,7 +51,7 @@ def test_padding_costs_no_tiles() -> None:
 
 def test_step_is_the_sum_of_its_kernels_without_the_totals() -> None:
     forward, both = predict.predict(COSTS, TWO_TILES, "bfloat16", 90)
-    kernels = [predict.kernel_seconds(row, TWO_TILES) for row in (FORWARD_COST, KEY_MAJOR, WEIGH)]
+    kernels = [predict.kernel_seconds(row, TWO_TILES) for row in (FORWARD_COST, KEY_MAJOR, PREPARE)]
     assert (forward.step, both.step) == (FORWARD, BOTH)
     assert forward.kernels == pytest.approx(kernels[0])
     assert both.kernels == pytest.approx(sum(kernels))

@@ -212,12 +212,25 @@ def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:
     valid = torch.tensor([[(9, 5)], [(1, 4)], [(0, 3)]])
     case = Case("tiles", ((9, 10),), batch=3, heads=1, queries=33, head_dim=16, mask="valid_shapes")
     inputs = make_inputs(case, generator)
-    given = (*inputs.backend_arguments()[:6], ((9, 10),), valid, None, 0.0, 0.25)
+    given = (*inputs.backend_arguments()[:6], ((9, 10),), valid, None, 0.0, 0.25, 0.0)
     call = scale_profile._Call.of("triton", reference.attention, given)
     # Where products are FMAs: tiles of 4 × 4 cells, 32 queries; two blocks of queries, 9 tiles of a grid.
     tops = [(y, x) for y in range(0, 9, 4) for x in range(0, 10, 4)]
     walked = [sum(y < height and x < width for y, x in tops) for ((height, width),) in valid.tolist()]
-    assert call.tiles() == (2 * sum(walked), 2 * (3 * len(tops) - sum(walked)))
+    assert call.tiles() == [(2 * sum(walked), 2 * (3 * len(tops) - sum(walked)))]
+
+
+def test_tiles_are_those_of_the_plan(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("smca_kernels.kernels.launch")
+    monkeypatch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 0)
+    # One cell of a corner has it all: each query of the block looks at the first of 5 × 5 tiles, and no farther.
+    inputs = make_inputs(Case("tiles", ((20, 20), (2, 2)), queries=9, head_dim=16), generator)
+    corner = torch.zeros_like(inputs.center)
+    inputs = dataclasses.replace(inputs, center=corner, precision=torch.full_like(corner, 100.0))
+    with smca_kernels.profile(repeats=1) as profile, torch.no_grad():
+        smca_attention(**inputs.arguments(), backend="triton")
+        smca_attention(**inputs.arguments(), backend="triton", mass_tolerance=0.0)
+    assert [(row.tiles, row.tiles_skipped) for row in profile.rows()] == [(1, 24), (1, 0), (25, 0), (1, 0)]
 
 
 def test_a_backend_without_tiles_has_none(generator: torch.Generator) -> None:

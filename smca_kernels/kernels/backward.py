@@ -8,8 +8,9 @@ With dO'_s = α_s dO (over 1 - dropout_p) and δ'_s = α_s dO·O_s, for every sc
     dq = scale Σ_s Σ_k dS k                                query-major pass: a program owns BLOCK_N queries
     dp_x = -Σ_k dS (x - c_x)²,   dc_x = 2 p_x Σ_k dS (x - c_x)
 
-`weigh_kernel` prepares dO', δ' and dα = dO·O_s. The sums over dS (x - c)ʲ are moments of a tile's features: one more
-product, dS · features, whose columns `moment_weights` weighs by polynomials in the centre; added up once a scale.
+`prepare_kernel` computes dO', δ' and dα = dO·O_s, and lays all that belongs to a query side by side in the order of the
+plan (windows.py), padded to whole blocks. The sums over dS (x - c)ʲ are moments of a tile's features: one more product,
+dS · features, whose columns `moment_weights` weighs by polynomials in the centre; added up once a scale.
 """
 
 from __future__ import annotations
@@ -36,58 +37,87 @@ from smca_kernels.kernels.tiles import (
     tile_coordinates,
     tile_features,
     uniform,
+    uniform_count,
     valid_part,
+    window_of_block,
 )
 
+PADDED = tl.constexpr(64)  # queries are padded to a multiple of this: whole blocks of every configuration
+TERMS = tl.constexpr(6)  # of a query and scale: c_x, c_y, p_x, p_y, log-sum-exp, δ'
 UNSPECIALIZED = [
-    *("q_b", "q_h", "q_n", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "o_b", "o_h", "o_n", "o_s"),
+    *("q_b", "q_h", "q_n", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "o_b", "o_h", "o_n"),
     *("dq_b", "dq_h", "dq_n", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t"),
-    *("heads", "center_heads", "precision_heads", "weight_heads", "queries", "keys", "scales", "tiles_per_head"),
-    *("scale", "log2_scale", "inverse_scale"),
+    *("heads", "center_heads", "precision_heads", "weight_heads", "queries", "row_blocks", "keys", "scales"),
+    *("tiles_per_head", "plan_size", "scale", "log2_scale", "inverse_scale"),
     *("precision_limit", "dropout_threshold", "dropout_scale", "keep_p"),
     *("g0", "g1", "g2", "g3", "g4", "g5", "g6", "g7"),
 ]
 
 
+@triton.jit
+def terms_of(terms, first, ROWS: tl.constexpr):
+    """Where the first term of rows `first` … is; the next are PADDED further each: a distance, not a register."""
+    inside = (PADDED - 1) & first
+    return terms + (first - inside) * TERMS + inside + tl.arange(0, ROWS)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def weigh_kernel(
+def prepare_kernel(
+    query,  # [B, H, N, D]
+    center,  # [B, H or 1, N, S, 2] contiguous, fp32
+    precision,  # [B, H or 1, N, S, 2] contiguous, fp32
     grad_out,  # dO [B, H, N, D]
     scale_outputs,  # [B, H, N, S, D] contiguous, fp32
     scale_weights,  # [B, H or 1, N, S] contiguous, or None
-    weighted_grads,  # dO' [B, H, N, S, D] contiguous, or None where it equals dO
-    deltas,  # δ' [B, H, N, S] contiguous
+    lse,  # [B, H, N, S] contiguous
+    plan,  # [B, H, plan_size] contiguous int32, or None: queries stay in their order
+    ordered_query,  # [B, H, rows, D] contiguous; rows: row_blocks · PADDED
+    weighted_grads,  # dO' [B, H, S, rows, D] contiguous
+    terms,  # [B, H, S, row_blocks, TERMS, PADDED] contiguous, fp32
     grad_weights,  # dα [B, H, N, S] contiguous, or None
-    o_b, o_h, o_n,  # strides of dO, in units of UNIT elements
-    heads, weight_heads, queries, scales, dropout_scale, keep_p,
+    q_b, q_h, q_n, o_b, o_h, o_n,  # strides, in units of UNIT elements
+    heads, center_heads, precision_heads, weight_heads, queries, row_blocks, scales, plan_size, dropout_scale, keep_p,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(queries, BLOCK_N)
-    batch_head = tl.program_id(0) // blocks
-    b = (batch_head // heads).to(tl.int64)
-    h = (batch_head % heads).to(tl.int64)
-    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_range = n < queries
-    n = tl.minimum(n, queries - 1)
-    first_row = batch_head.to(tl.int64) * queries * scales
+    rows = row_blocks * PADDED
+    blocks = rows // BLOCK_N
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    b = batch_head // heads
+    h = batch_head % heads
+    first_row = tl.program_id(0) % blocks * BLOCK_N
+    row = first_row + tl.arange(0, BLOCK_N)
+    in_range = row < queries
+    everywhere = row < rows
+    n = tl.minimum(row, queries - 1)
+    if plan is not None:
+        n = tl.load(plan + batch_head * plan_size + n)
+    q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D)
+    store_rows(ordered_query + batch_head * rows * HEAD_DIM, row, HEAD_DIM, q, everywhere, HEAD_DIM, BLOCK_D)
     grad = load_rows(grad_out + (b * o_b + h * o_h) * UNIT, n, o_n * UNIT, HEAD_DIM, BLOCK_D).to(tl.float32)
     for s in range(scales):
-        rows = n * scales + s
-        output = load_rows(scale_outputs + first_row * HEAD_DIM, rows, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        weighted = grad
-        if weighted_grads is not None:
-            factor = tl.full([BLOCK_N], 1.0, tl.float32) * dropout_scale
-            if scale_weights is not None:
-                tl.store(grad_weights + first_row + rows, tl.sum(grad * output, 1), mask=in_range)
-                weights = scale_weights + (b * weight_heads + h % weight_heads) * queries * scales
-                factor *= tl.load(weights + rows)
-            # δ' must see dO' as rounded: dP - δ' cancels where one key has all the mass.
-            weighted = (grad * factor[:, None]).to(grad_out.dtype.element_ty)
-            store_rows(weighted_grads + first_row * HEAD_DIM, rows, HEAD_DIM, weighted, in_range, HEAD_DIM, BLOCK_D)
-            weighted = weighted.to(tl.float32) * keep_p
-        tl.store(deltas + first_row + rows, tl.sum(weighted * output, 1), mask=in_range)
+        at = (batch_head * queries + n) * scales + s
+        output = load_rows(scale_outputs, at, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        factor = tl.full([BLOCK_N], 1.0, tl.float32) * dropout_scale
+        if scale_weights is not None:
+            tl.store(grad_weights + at, tl.sum(grad * output, 1), mask=in_range)
+            factor *= tl.load(scale_weights + ((b * weight_heads + h % weight_heads) * queries + n) * scales + s)
+        # δ' must see dO' as rounded: dP - δ' cancels where one key has all the mass.
+        weighted = (grad * factor[:, None]).to(grad_out.dtype.element_ty)
+        first = (batch_head * scales + s) * rows
+        store_rows(weighted_grads + first * HEAD_DIM, row, HEAD_DIM, weighted, everywhere, HEAD_DIM, BLOCK_D)
+        of_terms = terms_of(terms + first * TERMS, first_row, BLOCK_N)
+        at_center = center + (((b * center_heads + h % center_heads) * queries + n) * scales + s) * 2
+        at_precision = precision + (((b * precision_heads + h % precision_heads) * queries + n) * scales + s) * 2
+        tl.store(of_terms, tl.load(at_center))
+        tl.store(of_terms + 1 * PADDED, tl.load(at_center + 1))
+        tl.store(of_terms + 2 * PADDED, tl.load(at_precision))
+        tl.store(of_terms + 3 * PADDED, tl.load(at_precision + 1))
+        # A row of padding must not count: its probabilities underflow to 0.
+        tl.store(of_terms + 4 * PADDED, tl.where(in_range, tl.load(lse + at), 1e25))
+        tl.store(of_terms + 5 * PADDED, tl.sum(weighted.to(tl.float32) * keep_p * output, 1))
 
 
 @triton.jit
@@ -109,22 +139,20 @@ def moment_weights(e_x, e_y, d_x, d_y):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_major_kernel(
-    query,  # [B, H, N, D]
+    ordered_query,  # [B, H, rows, D] contiguous
     key,  # [B, H, T, D]
     value,  # [B, H, T, D]
-    center,  # [B, H or 1, N, S, 2] contiguous, fp32
-    precision,  # [B, H or 1, N, S, 2] contiguous, fp32
     valid_shapes,  # [B, S, 2] contiguous, or None
     key_padding_mask,  # [B, T] contiguous uint8, or None
     seed,  # [1] int64, or None without dropout
-    lse,  # [B, H, N, S] contiguous
-    deltas,  # [B, H, N, S] contiguous
-    weighted_grads,  # dO' [B, H, N, S, D], strides o_b, o_h, o_n, o_s
+    plan,  # [B, H, plan_size] contiguous int32 (windows.py), or None: every query sees every key
+    weighted_grads,  # dO' [B, H, S, rows, D] contiguous
+    terms,  # [B, H, S, row_blocks, TERMS, PADDED] contiguous, fp32
     grad_query,  # [B, H, N, D]
     grad_center,  # [B, H, N, S, 2] contiguous
     grad_precision,  # [B, H, N, S, 2] contiguous
-    q_b, q_h, q_n, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_n, o_s, dq_b, dq_h, dq_n,  # in units of UNIT elements
-    heads, center_heads, precision_heads, queries, keys, scales,
+    k_b, k_h, k_t, v_b, v_h, v_t, dq_b, dq_h, dq_n,  # strides, in units of UNIT elements
+    heads, queries, row_blocks, keys, scales, plan_size,
     scale, log2_scale, inverse_scale, precision_limit, dropout_threshold,
     g0, g1, g2, g3, g4, g5, g6, g7,  # height << 32 | width of each scale
     UNIT: tl.constexpr,
@@ -136,20 +164,25 @@ def query_major_kernel(
     PRECISION: tl.constexpr,
     DIRECT_ONLY: tl.constexpr,
 ):  # fmt: skip
+    rows = row_blocks * PADDED
     blocks = tl.cdiv(queries, BLOCK_N)
     batch_head = tl.program_id(0) // blocks
     b = (batch_head // heads).to(tl.int64)
     h = (batch_head % heads).to(tl.int64)
-    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_range = n < queries
-    n = tl.minimum(n, queries - 1)
+    block = tl.program_id(0) % blocks
+    ordered = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_range = ordered < queries
+    n = tl.minimum(ordered, queries - 1)
+    if plan is not None:
+        plan += batch_head.to(tl.int64) * plan_size
+        n = tl.load(plan + n)
     never = queries < 0
 
     key += (b * k_b + h * k_h) * UNIT
     value += (b * v_b + h * v_h) * UNIT
-    weighted_grads += (b * o_b + h * o_h) * UNIT
-    center += (b * center_heads + h % center_heads) * queries * scales * 2
-    precision += (b * precision_heads + h % precision_heads) * queries * scales * 2
+    ordered_query += batch_head.to(tl.int64) * rows * HEAD_DIM
+    weighted_grads += batch_head.to(tl.int64) * scales * rows * HEAD_DIM
+    terms = terms_of(terms + batch_head.to(tl.int64) * scales * rows * TERMS, block * BLOCK_N, BLOCK_N)
     first_row = batch_head.to(tl.int64) * queries * scales
     column, row = tile_coordinates(TILE_H, TILE_W)
     if seed is not None:
@@ -160,18 +193,20 @@ def query_major_kernel(
     for s in tl.range(scales, disable_licm=True):
         height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
         valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
-        c_x = tl.load(center + (n * scales + s) * 2)
-        c_y = tl.load(center + (n * scales + s) * 2 + 1)
-        p_x = tl.load(precision + (n * scales + s) * 2)
-        p_y = tl.load(precision + (n * scales + s) * 2 + 1)
+        of_scale = terms + s * rows * TERMS
+        c_x = tl.load(of_scale)
+        c_y = tl.load(of_scale + 1 * PADDED)
+        p_x = tl.load(of_scale + 2 * PADDED)
+        p_y = tl.load(of_scale + 3 * PADDED)
         d_x = from_nearest_cell(c_x, valid_width)
         d_y = from_nearest_cell(c_y, valid_height)
-        log_sum = tl.load(lse + first_row + n * scales + s)
-        delta = tl.load(deltas + first_row + n * scales + s)
-        q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D)
-        do = load_rows(weighted_grads + s * o_s * UNIT, n, o_n * UNIT, HEAD_DIM, BLOCK_D)
+        log_sum = tl.load(of_scale + 4 * PADDED)
+        delta = tl.load(of_scale + 5 * PADDED)
+        q = load_rows(ordered_query, ordered, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        do = load_rows(weighted_grads + s * rows * HEAD_DIM, ordered, HEAD_DIM, HEAD_DIM, BLOCK_D)
         direct = uniform((tl.max(tl.maximum(p_x, p_y), 0) > precision_limit).to(tl.int32))
-        tiles = tl.cdiv(valid_height, TILE_H) * tl.cdiv(valid_width, TILE_W)
+        x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, valid_height, valid_width)
+        tiles = tl.cdiv(y1 - y0, TILE_H) * tl.cdiv(x1 - x0, TILE_W)
 
         moments = tl.zeros([BLOCK_N, 16], tl.float32)
         p_moments = tl.zeros([BLOCK_N, 16], tl.float32)
@@ -186,8 +221,8 @@ def query_major_kernel(
             features = tile_features(TILE_H, TILE_W, grad_query, never)
             i = tl.arange(0, 16)[None, :]
             of_moments = tl.where((i % 8 == 1) | (i == 15), 1.0, features.to(tl.float32)).to(q.dtype)
-            tile_x = 0
-            tile_y = 0
+            tile_x = x0
+            tile_y = y0
             for _ in range(tl.where(direct == DIRECT, tiles, 0) if DIRECT_ONLY == 0 else tiles):
                 x = tile_x + column
                 y = tile_y + row
@@ -232,9 +267,9 @@ def query_major_kernel(
                     p_moments += dot(p.to(q.dtype), of_moments, None, PRECISION) * weights
 
                 tile_x += TILE_W
-                row_done = tile_x >= valid_width
+                row_done = tile_x >= x1
                 tile_y = tl.where(row_done, tile_y + TILE_H, tile_y)
-                tile_x = tl.where(row_done, 0, tile_x)
+                tile_x = tl.where(row_done, x0, tile_x)
 
         first_key += height * width
         # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
@@ -256,24 +291,47 @@ def query_major_kernel(
     store_rows(grad_query + (b * dq_b + h * dq_h) * UNIT, n, dq_n * UNIT, dq * scale, in_range, HEAD_DIM, BLOCK_D)
 
 
+@triton.jit
+def blocks_that_see(plan, queries, s, scales, tile_x, tile_y, PLAN_N: tl.constexpr):
+    """Which of a plan's first 30 blocks of queries look at a tile: as the bits of an int32, and how many."""
+    block = tl.arange(0, 32)
+    exists = block < tl.minimum(tl.cdiv(queries, PLAN_N), 30)
+    at = plan + queries + (block * scales + s) * 4
+    sees = (tl.load(at, mask=exists, other=0) <= tile_x) & (tile_x < tl.load(at + 2, mask=exists, other=0))
+    sees &= (tl.load(at + 1, mask=exists, other=0) <= tile_y) & (tile_y < tl.load(at + 3, mask=exists, other=0))
+    sees = sees.to(tl.int32)
+    return tl.sum(sees << block, 0), uniform_count(tl.sum(sees, 0))
+
+
+@triton.jit
+def query_of_row(plan, row, queries):
+    if plan is None:
+        return row
+    else:
+        return tl.load(plan + tl.minimum(row, queries - 1))
+
+
+@triton.jit
+def lowest_bit(bits):
+    """Number of the lowest bit that is set in an int32: the exponent of its value as fp32."""
+    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def key_major_kernel(
-    query,  # [B, H, N, D]
+    ordered_query,  # [B, H, rows, D] contiguous
     key,  # [B, H, T, D]
     value,  # [B, H, T, D]
-    center,  # [B, H or 1, N, S, 2] contiguous, fp32
-    precision,  # [B, H or 1, N, S, 2] contiguous, fp32
     valid_shapes,  # [B, S, 2] contiguous, or None
     key_padding_mask,  # [B, T] contiguous uint8, or None
     seed,  # [1] int64, or None without dropout
-    lse,  # [B, H, N, S] contiguous
-    deltas,  # [B, H, N, S] contiguous
-    weighted_grads,  # dO' [B, H, N, S, D], strides o_b, o_h, o_n, o_s
+    plan,  # [B, H, plan_size] contiguous int32 (windows.py), or None: every query sees every key
+    weighted_grads,  # dO' [B, H, S, rows, D] contiguous
+    terms,  # [B, H, S, row_blocks, TERMS, PADDED] contiguous, fp32
     grad_key,  # [B, H, T, D]
     grad_value,  # [B, H, T, D]
-    q_b, q_h, q_n, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_n, o_s,  # strides, in units of UNIT elements
-    dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    heads, center_heads, precision_heads, queries, keys, scales, tiles_per_head,
+    k_b, k_h, k_t, v_b, v_h, v_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,  # strides, in units of UNIT elements
+    heads, queries, row_blocks, keys, scales, tiles_per_head, plan_size,
     scale, log2_scale, inverse_scale, precision_limit, dropout_threshold,
     g0, g1, g2, g3, g4, g5, g6, g7,  # height << 32 | width of each scale
     UNIT: tl.constexpr,
@@ -281,12 +339,14 @@ def key_major_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_DIRECT: tl.constexpr,  # queries of a block on the direct path, which keeps seven numbers for each
+    PLAN_N: tl.constexpr,  # queries of a plan's block, a multiple of both
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     PRECISION: tl.constexpr,
     DIRECT_ONLY: tl.constexpr,
 ):  # fmt: skip
     KEYS: tl.constexpr = TILE_H * TILE_W
+    rows = row_blocks * PADDED
     batch_head = tl.program_id(0) // tiles_per_head
     b = (batch_head // heads).to(tl.int64)
     h = (batch_head % heads).to(tl.int64)
@@ -321,46 +381,52 @@ def key_major_kernel(
     if seed is not None:
         drop_seed = tl.load(seed)
 
-    query += (b * q_b + h * q_h) * UNIT
-    weighted_grads += (b * o_b + h * o_h + s * o_s) * UNIT
-    center += ((b * center_heads + h % center_heads) * queries * scales + s) * 2
-    precision += ((b * precision_heads + h % precision_heads) * queries * scales + s) * 2
-    first_row = batch_head.to(tl.int64) * queries * scales + s
+    ordered_query += batch_head.to(tl.int64) * rows * HEAD_DIM
+    weighted_grads += (batch_head.to(tl.int64) * scales + s) * rows * HEAD_DIM
+    terms += (batch_head.to(tl.int64) * scales + s) * rows * TERMS
+    if plan is not None:
+        plan += batch_head.to(tl.int64) * plan_size
     middle_x = from_middle(tile_x + TILE_W - 1, TILE_W)
     middle_y = from_middle(tile_y + TILE_H - 1, TILE_H)
 
     direct = 1
     if DIRECT_ONLY == 0:
         narrowest = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(0, queries, BLOCK_N):
-            rows = tl.minimum(start + tl.arange(0, BLOCK_N), queries - 1) * scales * 2
-            narrowest = tl.maximum(narrowest, tl.load(precision + rows))
-            narrowest = tl.maximum(narrowest, tl.load(precision + rows + 1))
+        for start in range(0, rows, BLOCK_N):
+            at = terms_of(terms, start, BLOCK_N) + 2 * PADDED
+            narrowest = tl.maximum(narrowest, tl.maximum(tl.load(at), tl.load(at + PADDED)))
         direct = uniform((tl.max(narrowest, 0) > precision_limit).to(tl.int32))
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for DIRECT in tl.static_range(DIRECT_ONLY, 2):
         features = mark_ignored(tile_features(TILE_H, TILE_W, grad_key, never), ignored)
-        blocks = tl.cdiv(queries, BLOCK_DIRECT if DIRECT else BLOCK_N)
         # A tile outside the image has no work, only zeros to write.
         has_work = (tile_x < valid_width) & (tile_y < valid_height) & (direct == DIRECT)
-        for block in range(tl.where(has_work, blocks, 0)):
-            n = block * (BLOCK_DIRECT if DIRECT else BLOCK_N) + tl.arange(0, BLOCK_DIRECT if DIRECT else BLOCK_N)
-            in_range = n < queries
-            n = tl.minimum(n, queries - 1)
-            q = load_rows(query, n, q_n * UNIT, HEAD_DIM, BLOCK_D)
-            do = load_rows(weighted_grads, n, o_n * UNIT, HEAD_DIM, BLOCK_D)
-            c_x = tl.load(center + n * scales * 2)
-            c_y = tl.load(center + n * scales * 2 + 1)
-            p_x = tl.load(precision + n * scales * 2)
-            p_y = tl.load(precision + n * scales * 2 + 1)
+        if plan is None:
+            blocks = rows // (BLOCK_DIRECT if DIRECT else BLOCK_N)
+        else:
+            todo, seeing = blocks_that_see(plan, queries, s, scales, tile_x, tile_y, PLAN_N)
+            blocks = seeing * (PLAN_N // (BLOCK_DIRECT if DIRECT else BLOCK_N))
+        for i in range(tl.where(has_work, blocks, 0)):
+            if plan is None:
+                n = i * (BLOCK_DIRECT if DIRECT else BLOCK_N)
+            else:
+                parts: tl.constexpr = PLAN_N // (BLOCK_DIRECT if DIRECT else BLOCK_N)
+                n = lowest_bit(todo) * PLAN_N + i % parts * (BLOCK_DIRECT if DIRECT else BLOCK_N)
+                todo = tl.where(i % parts == parts - 1, todo & (todo - 1), todo)
+            of_block = terms_of(terms, n, BLOCK_DIRECT if DIRECT else BLOCK_N)
+            n += tl.arange(0, BLOCK_DIRECT if DIRECT else BLOCK_N)
+            q = load_rows(ordered_query, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            do = load_rows(weighted_grads, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            c_x = tl.load(of_block)
+            c_y = tl.load(of_block + 1 * PADDED)
+            p_x = tl.load(of_block + 2 * PADDED)
+            p_y = tl.load(of_block + 3 * PADDED)
             d_x = from_nearest_cell(c_x, valid_width)
             d_y = from_nearest_cell(c_y, valid_height)
-            delta = tl.load(deltas + first_row + n * scales)
-            log_sum = tl.load(lse + first_row + n * scales)
-            # A row beyond the last query must not count: its probabilities underflow to 0.
-            log_sum = tl.where(in_range, log_sum, 1e25)
+            log_sum = tl.load(of_block + 4 * PADDED)
+            delta = tl.load(of_block + 5 * PADDED)
             r_x = p_x * (0.0 if DIRECT else inverse_scale)
             r_y = p_y * (0.0 if DIRECT else inverse_scale)
             coefficients = fixed_coefficients(r_x, r_y, grad_key, never)
@@ -383,7 +449,7 @@ def key_major_kernel(
                 p = tl.exp2(logits * log2_scale)
             dp = dot(v, tl.trans(do), None, PRECISION)
             if seed is not None:
-                row_key = dropout_row_key(drop_seed, batch_head, n)
+                row_key = dropout_row_key(drop_seed, batch_head, query_of_row(plan, n, queries))
                 kept = keeps(row_key[None, :], dropout_key_key(key_index)[:, None], dropout_threshold)
                 dp = tl.where(kept, dp, 0.0)
                 dv = dot(tl.where(kept, p, 0.0).to(do.dtype), do, dv, PRECISION)

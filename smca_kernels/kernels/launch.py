@@ -9,16 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smca_kernels.kernels.backward import key_major_kernel, query_major_kernel, weigh_kernel
+from smca_kernels.kernels.backward import PADDED, TERMS, key_major_kernel, prepare_kernel, query_major_kernel
 from smca_kernels.kernels.forward import forward_kernel
+from smca_kernels.kernels.windows import PATCH_H, PATCH_W, survey_kernel, window_kernel
 
 MAX_SCALES = 8
+LEAST_BLOCK = 32  # queries of a forward block, at least
+MOST_PLANNED_BLOCKS = 30  # of queries: backward.blocks_that_see
+# Pairs of a query and a key from which on a plan is made. At the limits of docs/cost.md these are some 15 µs of an
+# H100's forward pass, of which a plan may save half and whose two launches it costs.
+LEAST_PLANNED_ELEMENTS = 2**25
 LOG2E = math.log2(math.e)
 
 
@@ -67,15 +73,25 @@ CONFIGURATIONS: dict[tuple[str, int, bool], dict[int, Configuration]] = {
 }
 # Where products are FMAs, of fp32 inputs and below sm_80 of all, the three kernels are alike.
 FMA_CONFIGURATIONS = {32: Configuration(32, 4, 4, 2, 1), 128: Configuration(32, 4, 4, 2, 2)}
-WEIGH_CONFIGURATION = Configuration(64, 1, 1, 4, 1)
+PREPARE_CONFIGURATION = Configuration(64, 1, 1, 4, 1)
+# A forward program holds half of an SM's registers. More splits than this cost more to merge than they save; fewer
+# tiles than this leave a split nothing to pipeline.
+RESIDENT_PROGRAMS = 2
+MOST_SPLITS = 16
+LEAST_TILES = 4
+TILED = ("forward", "query_major", "key_major")
 
 # Largest precision (per cell²) whose expanded prior is within a quarter of the dtype's rounding step: tiles.py.
 PRECISION_LIMITS = {torch.float16: 4.0, torch.bfloat16: 32.0, torch.float32: 0.0}
 
 
 def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Configuration:
-    if kernel == "weigh":
-        return WEIGH_CONFIGURATION
+    if kernel == "prepare":
+        return PREPARE_CONFIGURATION
+    if kernel in ("survey", "window"):
+        # A window's arithmetic is per query: more warps would repeat it.
+        warps = 4 if kernel == "survey" else 1
+        return replace(configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1)
     by_fma = dtype == torch.float32 or arch < 80
     by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, dtype.itemsize, arch >= 90]
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
@@ -89,7 +105,15 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int) -> dict[str, Any]:
+def planned_tile(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
+    """(height, width) in cells that windows are multiples of: whole tiles of every kernel."""
+    chosen = [configuration(kernel, arch, dtype, head_dim) for kernel in TILED]
+    return max(c.tile_h for c in chosen), max(c.tile_w for c in chosen)
+
+
+def constants(
+    kernel: str, chosen: Configuration, arch: int, dtype: torch.dtype, head_dim: int, unit: int
+) -> dict[str, Any]:
     """The compile-time arguments of a kernel."""
     arguments: dict[str, Any] = {
         "UNIT": unit,
@@ -97,7 +121,7 @@ def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: 
         "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
         "BLOCK_N": chosen.block_n,
     }
-    if kernel != "weigh":
+    if kernel in TILED:
         arguments |= {
             "TILE_H": chosen.tile_h,
             "TILE_W": chosen.tile_w,
@@ -106,6 +130,9 @@ def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: 
         }
     if kernel == "key_major":
         arguments["BLOCK_DIRECT"] = chosen.block_n if dtype == torch.float32 else chosen.block_n // 2
+        arguments["PLAN_N"] = configuration("forward", arch, dtype, head_dim).block_n
+    if kernel == "window":
+        arguments["ALIGN_H"], arguments["ALIGN_W"] = planned_tile(arch, dtype, head_dim)
     return arguments
 
 
@@ -113,9 +140,10 @@ def launch_arguments(
     kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, unit: int
 ) -> tuple[Configuration, dict[str, Any]]:
     """The configuration of a kernel, and its compile-time arguments with Triton's launch options."""
-    chosen = configuration(kernel, architecture(device), dtype, head_dim)
+    arch = architecture(device)
+    chosen = configuration(kernel, arch, dtype, head_dim)
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
-    return chosen, constants(kernel, chosen, dtype, head_dim, unit) | options
+    return chosen, constants(kernel, chosen, arch, dtype, head_dim, unit) | options
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -155,6 +183,86 @@ def dropout_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+def cells(spatial_shapes: Sequence[int]) -> list[int]:
+    """Keys of each scale."""
+    return [height * width for height, width in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)]
+
+
+def tiles_of_grids(spatial_shapes: Sequence[int], tile_h: int, tile_w: int) -> int:
+    """Tiles that cover the grids of all scales."""
+    sides = zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)
+    return sum(-(-height // tile_h) * -(-width // tile_w) for height, width in sides)
+
+
+def splits_of(programs: int, tiles: int, device: torch.device) -> int:
+    """How many forward programs share the tiles of each block of queries, when there are `programs` blocks in all."""
+    if device.type != "cuda":
+        return 1
+    wanted = RESIDENT_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // programs
+    return max(1, min(wanted, tiles // LEAST_TILES, MOST_SPLITS))
+
+
+def plan_size(queries: int, scales: int) -> int:
+    """Integers that a plan has for each batch and head."""
+    return queries + 4 * scales * -(-queries // LEAST_BLOCK)
+
+
+def plan_pays(query: Tensor, spatial_shapes: Sequence[int]) -> bool:
+    """Whether a call is so large that leaving out keys may save more time than planning costs."""
+    batch, heads, queries, head_dim = query.shape
+    block_n = configuration("forward", architecture(query.device), query.dtype, head_dim).block_n
+    enough = batch * heads * queries * sum(cells(spatial_shapes)) >= LEAST_PLANNED_ELEMENTS
+    return enough and queries <= MOST_PLANNED_BLOCKS * block_n
+
+
+def plan(
+    query: Tensor,  # [B, H, N, D]
+    key: Tensor,  # [B, H, T, D]
+    center: Tensor,  # [B, H or 1, N, S, 2] fp32
+    precision: Tensor,  # [B, H or 1, N, S, 2] fp32
+    valid_shapes: Tensor | None,  # [B, S, 2]
+    key_padding_mask: Tensor | None,  # [B, T] bool
+    spatial_shapes: Sequence[int],  # height, width of each scale, flat
+    scale: float,
+    mass_tolerance: float,
+) -> Tensor:
+    """Queries in order and their blocks' windows, int32 [B, H, plan_size]: windows.py. Zeros where it doesn't pay."""
+    (batch, heads, queries, head_dim), scales = query.shape, len(spatial_shapes) // 2
+    shape = batch, heads, plan_size(queries, scales)
+    if not plan_pays(query, spatial_shapes):
+        return query.new_zeros(shape, dtype=torch.int32)
+    query, key = last_axis_contiguous(query), last_axis_contiguous(key)
+    center, precision = center.contiguous(), precision.contiguous()
+    valid_shapes = None if valid_shapes is None else valid_shapes.contiguous()
+    mask = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
+    patches = tiles_of_grids(spatial_shapes, PATCH_H.value, PATCH_W.value)
+    norms = query.new_empty(batch, heads, patches, dtype=torch.float32)
+    planned = query.new_empty(shape, dtype=torch.int32)
+    sizes = cells(spatial_shapes)
+    log_tolerance = -math.log(mass_tolerance)
+    unit = stride_unit((query, key))
+    strides = outer_strides(key, unit)
+    with device_of(query):
+        chosen, compile_time = launch_arguments("survey", query.device, query.dtype, head_dim, unit)
+        blocks = -(-queries // chosen.block_n)
+        survey_kernel[(batch * heads * (patches + blocks),)](
+            key, center, precision, valid_shapes, mask, norms, planned, *strides,
+            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, shape[2],
+            sizes.index(max(sizes)), log_tolerance,
+            *packed_grids(spatial_shapes),
+            **compile_time,
+        )  # fmt: skip
+        chosen, compile_time = launch_arguments("window", query.device, query.dtype, head_dim, unit)
+        window_kernel[(batch * heads * blocks * scales,)](
+            query, key, center, precision, valid_shapes, mask, norms, planned, *outer_strides(query, unit), *strides,
+            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, shape[2],
+            scale, log_tolerance,
+            *packed_grids(spatial_shapes),
+            **compile_time,
+        )  # fmt: skip
+    return planned
+
+
 def forward(
     query: Tensor,  # [B, H, N, D]
     key: Tensor,  # [B, H, T, D]
@@ -165,6 +273,7 @@ def forward(
     valid_shapes: Tensor | None,  # [B, S, 2]
     key_padding_mask: Tensor | None,  # [B, T] bool
     seed: Tensor | None,  # [1] int64
+    plan: Tensor | None,  # [B, H, plan_size] int32
     spatial_shapes: Sequence[int],  # height, width of each scale, flat
     dropout_p: float,
     scale: float,
@@ -173,22 +282,30 @@ def forward(
     (batch, heads, queries, head_dim), scales = query.shape, len(spatial_shapes) // 2
     query, key, value = (last_axis_contiguous(t) for t in (query, key, value))
     center, precision = center.contiguous(), precision.contiguous()
+    plan = plan if plan is not None and plan_pays(query, spatial_shapes) else None
     out = torch.empty_like(query)
     scale_outputs = query.new_empty(batch, heads, queries, scales, head_dim, dtype=torch.float32)
     lse = query.new_empty(batch, heads, queries, scales, dtype=torch.float32)
     unit = stride_unit((query, key, value, out))
     chosen, compile_time = launch_arguments("forward", query.device, query.dtype, head_dim, unit)
+    programs = batch * heads * -(-queries // chosen.block_n)
+    splits = splits_of(programs, tiles_of_grids(spatial_shapes, chosen.tile_h, chosen.tile_w), query.device)
+    partial_outputs, partial_lse, arrivals = None, None, None
+    if splits > 1:
+        partial_outputs = scale_outputs.new_empty(splits, *scale_outputs.shape)
+        partial_lse = lse.new_empty(splits, *lse.shape)
+        arrivals = query.new_zeros(programs, dtype=torch.int32)
     with device_of(query):
-        forward_kernel[(batch * heads * -(-queries // chosen.block_n),)](
+        forward_kernel[(programs, splits)](
             query, key, value, center, precision,
             None if scale_weights is None else scale_weights.contiguous(),
             None if valid_shapes is None else valid_shapes.contiguous(),
             None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
-            seed, out, scale_outputs, lse,
+            seed, plan, out, scale_outputs, lse, partial_outputs, partial_lse, arrivals,
             *outer_strides(query, unit), *outer_strides(key, unit), *outer_strides(value, unit),
             *outer_strides(out, unit),
             heads, center.shape[1], precision.shape[1], 1 if scale_weights is None else scale_weights.shape[1],
-            queries, key.shape[2], scales,
+            queries, key.shape[2], scales, plan_size(queries, scales),
             scale, scale * LOG2E, 1.0 / scale, PRECISION_LIMITS[query.dtype],
             dropout_threshold(dropout_p), dropout_scale(dropout_p),
             *packed_grids(spatial_shapes),
@@ -208,6 +325,7 @@ def backward(
     valid_shapes: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
+    plan: Tensor | None,
     scale_outputs: Tensor,  # [B, H, N, S, D] fp32
     lse: Tensor,  # [B, H, N, S]
     spatial_shapes: Sequence[int],
@@ -226,59 +344,54 @@ def backward(
     center, precision = center.contiguous(), precision.contiguous()
     valid_shapes = None if valid_shapes is None else valid_shapes.contiguous()
     mask = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
+    plan = plan if plan is not None and plan_pays(query, spatial_shapes) else None
+    size = plan_size(queries, scales)
 
     def nothing() -> Tensor:
         return query.new_empty(0)
 
-    deltas = torch.empty_like(lse)
+    row_blocks = -(-queries // PADDED.value)
+    rows = row_blocks * PADDED.value
+    ordered_query = query.new_empty(batch, heads, rows, head_dim)
+    weighted_grads = query.new_empty(batch, heads, scales, rows, head_dim)
+    terms = query.new_empty(batch, heads, scales, rows, TERMS.value, dtype=torch.float32)
     grad_weights = nothing() if scale_weights is None else torch.empty_like(lse)
     grad_query = torch.empty_like(query) if of_query else nothing()
     grad_center = query.new_empty(batch, heads, queries, scales, 2, dtype=torch.float32) if of_query else nothing()
     grad_precision = torch.empty_like(grad_center)
     grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if of_key else (nothing(), nothing())
-    weighted = scale_weights is not None or seed is not None
-    if weighted:
-        weighted_grads = torch.empty_like(scale_outputs, dtype=dtype)
-    else:
-        weighted_grads = grad_out.unsqueeze(3).expand_as(scale_outputs)
-    outer = (query, key, value, weighted_grads, *([grad_query] if of_query else []))
-    unit = stride_unit((*outer, *([grad_key, grad_value] if of_key else [])))
+    unit = stride_unit((key, value, *([grad_query] if of_query else []), *([grad_key, grad_value] if of_key else [])))
 
-    prior_heads = (center.shape[1], precision.shape[1])
-    shared = (query, key, value, center, precision, valid_shapes, mask, seed, lse, deltas, weighted_grads)
-    o_b, o_h, o_n, o_s = outer_strides(weighted_grads, unit)
-    strides = [stride for t in (query, key, value) for stride in outer_strides(t, unit)] + [o_b, o_h, o_n, o_s]
-    factors = (scale, scale * LOG2E, 1.0 / scale, PRECISION_LIMITS[dtype])
+    shared = (ordered_query, key, value, valid_shapes, mask, seed, plan, weighted_grads, terms)
+    strides = outer_strides(key, unit) + outer_strides(value, unit)
+    factors = (scale, scale * LOG2E, 1.0 / scale, PRECISION_LIMITS[dtype], dropout_threshold(dropout_p))
     grids = packed_grids(spatial_shapes)
     with device_of(query):
-        weigh_unit = stride_unit((grad_out,))
-        chosen, compile_time = launch_arguments("weigh", query.device, dtype, head_dim, weigh_unit)
-        weigh_kernel[(batch * heads * -(-queries // chosen.block_n),)](
-            grad_out, scale_outputs, None if scale_weights is None else scale_weights.contiguous(),
-            weighted_grads if weighted else None, deltas, None if scale_weights is None else grad_weights,
-            *outer_strides(grad_out, weigh_unit), heads, 1 if scale_weights is None else scale_weights.shape[1],
-            queries, scales, dropout_scale(dropout_p), 1.0 - dropout_p,
+        of_rows = stride_unit((query, grad_out))
+        chosen, compile_time = launch_arguments("prepare", query.device, dtype, head_dim, of_rows)
+        prepare_kernel[(batch * heads * (rows // chosen.block_n),)](
+            query, center, precision, grad_out, scale_outputs,
+            None if scale_weights is None else scale_weights.contiguous(),
+            lse, plan, ordered_query, weighted_grads, terms, None if scale_weights is None else grad_weights,
+            *outer_strides(query, of_rows), *outer_strides(grad_out, of_rows),
+            heads, center.shape[1], precision.shape[1], 1 if scale_weights is None else scale_weights.shape[1],
+            queries, row_blocks, scales, size, dropout_scale(dropout_p), 1.0 - dropout_p,
             **compile_time,
         )  # fmt: skip
         if of_key:
             chosen, compile_time = launch_arguments("key_major", query.device, dtype, head_dim, unit)
-            tiles = sum(
-                -(-height // chosen.tile_h) * -(-width // chosen.tile_w)
-                for height, width in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)
-            )
+            tiles = tiles_of_grids(spatial_shapes, chosen.tile_h, chosen.tile_w)
             key_major_kernel[(batch * heads * tiles,)](
                 *shared, grad_key, grad_value, *strides,
                 *outer_strides(grad_key, unit), *outer_strides(grad_value, unit),
-                heads, *prior_heads, queries, keys, scales, tiles,
-                *factors, dropout_threshold(dropout_p), *grids,
+                heads, queries, row_blocks, keys, scales, tiles, size, *factors, *grids,
                 **compile_time,
             )  # fmt: skip
         if of_query:
             chosen, compile_time = launch_arguments("query_major", query.device, dtype, head_dim, unit)
             query_major_kernel[(batch * heads * -(-queries // chosen.block_n),)](
                 *shared, grad_query, grad_center, grad_precision, *strides, *outer_strides(grad_query, unit),
-                heads, *prior_heads, queries, keys, scales,
-                *factors, dropout_threshold(dropout_p), *grids,
+                heads, queries, row_blocks, keys, scales, size, *factors, *grids,
                 **compile_time,
             )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_center, grad_precision, grad_weights
@@ -306,15 +419,27 @@ class Specialization:
 
 
 KERNELS: dict[str, tuple[Any, str]] = {
+    "survey": (survey_kernel, "forward"),
+    "window": (window_kernel, "forward"),
     "forward": (forward_kernel, "forward"),
-    "weigh": (weigh_kernel, "backward"),
+    "prepare": (prepare_kernel, "backward"),
     "query_major": (query_major_kernel, "backward"),
     "key_major": (key_major_kernel, "backward"),
 }
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OF_INPUT_DTYPE = {"query", "key", "value", "out", "grad_out", "weighted_grads", "grad_query", "grad_key", "grad_value"}
-FLOAT_SCALARS = {"scale", "log2_scale", "inverse_scale", "precision_limit", "dropout_scale", "keep_p"}
-ABSENT = ("key_padding_mask", "seed")
+OF_INPUT_DTYPE = {"query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"} | {
+    "ordered_query",
+    "weighted_grads",
+}
+FP32_TENSORS = {"center", "precision", "scale_weights", "scale_outputs", "lse", "partial_outputs", "partial_lse"} | {
+    "norms",
+    "terms",
+    "grad_center",
+    "grad_precision",
+    "grad_weights",
+}
+FLOAT_SCALARS = {"scale", "log_tolerance", "log2_scale", "inverse_scale", "precision_limit", "dropout_scale", "keep_p"}
+ABSENT = ("key_padding_mask", "seed", "partial_outputs", "partial_lse", "arrivals")
 FULL_WORKLOAD_KEYS = 50 * 84 + 25 * 42 + 13 * 21
 
 
@@ -323,12 +448,13 @@ def _argument_type(name: str, dtype: str) -> str:
         return f"*{dtype}"
     if name == "valid_shapes":
         return "*i64"
+    if name in ("plan", "arrivals"):
+        return "*i32"
     if name in FLOAT_SCALARS:
         return "fp32"
     if name[0] == "g" and name[1:].isdigit():
         return "i64"
-    fp32_tensors = ("center", "precision", "scale_weights", "scale_outputs", "lse", "deltas", "grad_weights")
-    return "*fp32" if name in (*fp32_tensors, "grad_center", "grad_precision") else "i32"
+    return "*fp32" if name in FP32_TENSORS else "i32"
 
 
 def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization]:
@@ -337,7 +463,7 @@ def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization
     rows = []
     for name, (function, pass_) in KERNELS.items():
         chosen = configuration(name, arch, torch_dtype, head_dim)
-        constexprs = constants(name, chosen, torch_dtype, head_dim, unit=8)
+        constexprs = constants(name, chosen, arch, torch_dtype, head_dim, unit=8)
         constexprs |= {argument: None for argument in ABSENT if argument in function.arg_names}
         signature = {
             argument: "constexpr" if argument in constexprs else _argument_type(argument, dtype)
@@ -358,10 +484,10 @@ def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization
                 },
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
-                elements_per_iteration=0 if name == "weigh" else chosen.block_n * chosen.tile_h * chosen.tile_w,
+                elements_per_iteration=chosen.block_n * chosen.tile_h * chosen.tile_w if name in TILED else 0,
                 tensor_flops_per_element=flops.get(name, 0),
-                elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "weigh" else 0,
-                rare_loops=int(name != "weigh" and torch_dtype != torch.float32),
+                elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "prepare" else 0,
+                rare_loops=int(name in TILED and torch_dtype != torch.float32),
             )
         )
     return rows

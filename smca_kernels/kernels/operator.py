@@ -1,7 +1,7 @@
 """The Triton backend as one torch.library operator: fake implementation, autograd, and what it can't serve.
 
-`torch.ops.smca_kernels.forward` and `.backward` are opaque to torch.compile and torch.export, synchronise with nothing
-and draw no random numbers themselves (dropout takes a seed tensor), so they can be captured in a CUDA graph.
+`torch.ops.smca_kernels.plan`, `.forward` and `.backward` are opaque to torch.compile and torch.export, synchronise with
+nothing and draw no random numbers themselves (dropout takes a seed tensor), so they can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -11,11 +11,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from smca_kernels import locality
 from smca_kernels.kernels import launch
 from smca_kernels.kernels.tiles import INTERPRETED
 from smca_kernels.reference import SpatialShapes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@torch.library.custom_op("smca_kernels::plan", mutates_args=())
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    spatial_shapes: Sequence[int],
+    scale: float,
+    mass_tolerance: float,
+) -> Tensor:
+    return launch.plan(
+        query, key, center, precision, valid_shapes, key_padding_mask, spatial_shapes, scale, mass_tolerance
+    )
+
+
+@_plan.register_fake
+def _(query, key, center, precision, valid_shapes, key_padding_mask, spatial_shapes, scale, mass_tolerance):
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, heads, launch.plan_size(queries, len(spatial_shapes) // 2), dtype=torch.int32)
 
 
 @torch.library.custom_op("smca_kernels::forward", mutates_args=())
@@ -29,18 +53,19 @@ def _forward(
     valid_shapes: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
+    plan: Tensor | None,
     spatial_shapes: Sequence[int],
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return launch.forward(
-        query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed,
+        query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed, plan,
         spatial_shapes, dropout_p, scale,
     )  # fmt: skip
 
 
 @_forward.register_fake
-def _(query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed,
+def _(query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed, plan,
       spatial_shapes, dropout_p, scale):  # fmt: skip
     batch, heads, queries, head_dim = query.shape
     scales = len(spatial_shapes) // 2
@@ -63,6 +88,7 @@ def _backward(
     valid_shapes: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
+    plan: Tensor | None,
     scale_outputs: Tensor,
     lse: Tensor,
     spatial_shapes: Sequence[int],
@@ -72,13 +98,13 @@ def _backward(
     of_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return launch.backward(
-        grad_out, query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed,
+        grad_out, query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed, plan,
         scale_outputs, lse, spatial_shapes, dropout_p, scale, of_query, of_key,
     )  # fmt: skip
 
 
 @_backward.register_fake
-def _(grad_out, query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed,
+def _(grad_out, query, key, value, center, precision, scale_weights, valid_shapes, key_padding_mask, seed, plan,
       scale_outputs, lse, spatial_shapes, dropout_p, scale, of_query, of_key):  # fmt: skip
     def like(tensor, wanted):
         return torch.empty_like(launch.last_axis_contiguous(tensor)) if wanted else query.new_empty(0)
@@ -115,7 +141,7 @@ def _differentiate(ctx, grad_out, *_):
         over_heads(gradient, of) if is_wanted else None
         for gradient, of, is_wanted in zip(gradients, tensors[:6], wanted[:6], strict=True)
     )
-    return query, key, value, center, precision, scale_weights, *(None,) * 6
+    return query, key, value, center, precision, scale_weights, *(None,) * 7
 
 
 def _refuse(ctx, *gradients):
@@ -154,6 +180,31 @@ def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, 
     return (signed >= launch.dropout_threshold(dropout_p)).view(batch, heads, queries, keys)
 
 
+def plan_of(
+    query: Tensor,
+    key: Tensor,
+    center: Tensor,
+    precision: Tensor,
+    spatial_shapes: SpatialShapes,
+    valid_shapes: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    mass_tolerance: float,
+) -> locality.Plan | None:
+    """What `attention` computes of these arguments, or None where it computes all."""
+    sides = [side for shape in spatial_shapes for side in shape]
+    if mass_tolerance == 0.0 or not launch.plan_pays(query, sides):
+        return None
+    plan = _plan(
+        query, key, center.float(), precision.float(), valid_shapes, key_padding_mask, sides, scale, mass_tolerance
+    )
+    batch, heads, queries, head_dim = query.shape
+    block = launch.configuration("forward", launch.architecture(query.device), query.dtype, head_dim).block_n
+    blocks, scales = -(-queries // block), len(spatial_shapes)
+    windows = plan[..., queries : queries + blocks * scales * 4].view(batch, heads, blocks, scales, 4)
+    return locality.Plan(plan[..., :queries].long(), windows.long(), block)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -166,16 +217,22 @@ def attention(
     key_padding_mask: Tensor | None,
     dropout_p: float,
     scale: float,
+    mass_tolerance: float = 0.0,
 ) -> Tensor:
     """The backend "triton"; arguments as in `smca_kernels.smca_attention`, already validated."""
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    center, precision = center.float(), precision.float()
+    sides = [side for shape in spatial_shapes for side in shape]
+    plan = None
+    # Whether it pays must not become a condition on the sizes of a compiled graph: there the operator looks.
+    if mass_tolerance > 0.0 and (torch.compiler.is_compiling() or launch.plan_pays(query, sides)):
+        tensors = (tensor.detach() for tensor in (query, key, center, precision))
+        plan = _plan(*tensors, valid_shapes, key_padding_mask, sides, scale, mass_tolerance)
     out, _, _ = _forward(
-        query, key, value, center.float(), precision.float(),
-        None if scale_weights is None else scale_weights.float(),
-        valid_shapes, key_padding_mask, seed,
-        [side for shape in spatial_shapes for side in shape], dropout_p, scale,
+        query, key, value, center, precision, None if scale_weights is None else scale_weights.float(),
+        valid_shapes, key_padding_mask, seed, plan, sides, dropout_p, scale,
     )  # fmt: skip
     return out
 
@@ -192,6 +249,7 @@ def unsupported(
     key_padding_mask: Tensor | None,
     dropout_p: float,
     scale: float,
+    mass_tolerance: float = 0.0,
 ) -> str | None:
     """Why the Triton kernels can't serve these inputs on this device, or None if they can."""
     if query.device.type != "cuda" and not INTERPRETED:

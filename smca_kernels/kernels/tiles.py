@@ -61,23 +61,63 @@ def grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7):
 @triton.jit
 def valid_part(valid_shapes, b, s, scales, height, width):
     """The top-left (height, width) of scale s that is image, clamped to the grid."""
+    # In an `else`: Triton compiles what follows a return.
     if valid_shapes is None:
         return height, width
-    at = valid_shapes + (b * scales + s) * 2
-    valid_height = tl.load(at).to(tl.int32)
-    valid_width = tl.load(at + 1).to(tl.int32)
-    return tl.minimum(tl.maximum(valid_height, 0), height), tl.minimum(tl.maximum(valid_width, 0), width)
+    else:
+        at = valid_shapes + (b * scales + s) * 2
+        valid_height = tl.load(at).to(tl.int32)
+        valid_width = tl.load(at + 1).to(tl.int32)
+        return tl.minimum(tl.maximum(valid_height, 0), height), tl.minimum(tl.maximum(valid_width, 0), width)
+
+
+@triton.jit
+def queries_of_block(plan, block, queries, BLOCK_N: tl.constexpr):
+    """The queries [BLOCK_N] of a block, in the order of a plan (windows.py) if there is one, and which are real."""
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = n < queries
+    n = tl.minimum(n, queries - 1)
+    if plan is not None:
+        n = tl.load(plan + n)
+    return n, real
+
+
+@triton.jit
+def window_of_block(plan, queries, block, s, scales, valid_height, valid_width):
+    """The cells (x0, y0, x1, y1) of scale s that a block of queries looks at: windows.py. Without a plan, all."""
+    if plan is None:
+        return 0, 0, valid_width, valid_height
+    else:
+        at = plan + queries + (block * scales + s) * 4
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
 def uniform(flag):
-    """`flag`, an int32 alike in all threads, in a form that the compiler knows to be alike: loops on it stay scalar."""
+    """Whether an int32 alike in all threads isn't 0, in a form that is known to be alike: loops on it stay scalar."""
     if INTERPRETED:
-        return flag
+        return (flag != 0).to(tl.int32)
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }",
         "=r,r", [flag], dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def afresh(number):
+    """An int32 as the compiler does not know it: what follows from it is computed again, not kept through the loops."""
+    if INTERPRETED:
+        return number
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def uniform_count(count):
+    """As `uniform`, of a number below 32: bit by bit."""
+    result = 0
+    for bit in tl.static_range(5):
+        result += uniform(count & (1 << bit)) << bit
+    return result
 
 
 @triton.jit
