@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -191,6 +192,7 @@ class Case:
     prior: str = "ordinary"
     mask: str = "none"
     layout: str = "contiguous"
+    planned: bool = False  # what the prior makes unlikely is left out, however small the case
     quick: bool = False
     large: bool = False  # too large for the interpreter
 
@@ -210,6 +212,7 @@ class Inputs:
     key_padding_mask: Tensor | None
     scale: float | None
     grad_output: Tensor
+    planned: bool = False  # as in Case
 
     def backend_arguments(self) -> tuple[Any, ...]:
         """The arguments of every backend function, in order."""
@@ -220,7 +223,8 @@ class Inputs:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `smca_attention`."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "grad_output"}
+        names = {field.name for field in dataclasses.fields(self)} - {"grad_output", "planned"}
+        return {name: getattr(self, name) for name in names}
 
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by name."""
@@ -361,6 +365,7 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device | s
         key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(device),
         scale=case.scale,
         grad_output=place(grad_output, dtype),
+        planned=case.planned,
     )
 
 
@@ -401,6 +406,11 @@ CASES: tuple[Case, ...] = (
     Case("far centers", ((9, 17),), queries=33, prior="far", quick=True),
     Case("narrow prior, padded batch", ((9, 17),), batch=2, prior="narrow", mask="valid_shapes"),
     Case("far centers, padded batch", ((9, 17),), batch=2, prior="far", mask="valid_shapes"),
+    Case("planned, padded batch", ((11, 35), (9, 11)), batch=2, queries=70, mask="valid_shapes", planned=True),
+    Case("planned, narrow prior", ((20, 19),), heads=2, prior="narrow", layout="projection", planned=True, quick=True),
+    Case("planned, far centers", ((9, 37), (3, 5)), heads=2, prior="far", prior_heads=1, planned=True),
+    Case("planned, random padding mask", ((20, 19), (5, 9)), batch=2, mask="random", planned=True),
+    Case("planned, 900 queries", ((50, 84), (25, 42)), batch=2, heads=2, queries=900, planned=True, large=True),
     Case("prior in the inputs' dtype", ((9, 17), (5, 9)), prior_dtype=None),
     Case("scale 0", ((5, 9),), scale=0.0, quick=True),
     Case("scale 1", ((9, 17),), scale=1.0),
@@ -440,12 +450,34 @@ def run_reference(inputs: Inputs) -> dict[str, Tensor]:
 
 def attend(inputs: Inputs, backend: str, **options: Any) -> Tensor:
     """`smca_attention` of the inputs with a backend; `options` are other keyword arguments of it."""
-    return attention.smca_attention(**inputs.arguments(), backend=backend, **options)
+    with _planning(inputs.planned):
+        return attention.smca_attention(**inputs.arguments(), backend=backend, **options)
 
 
 def run_backend(inputs: Inputs, backend: str, **options: Any) -> dict[str, Tensor]:
     """Output and gradients of `smca_attention` with a backend, by name; `options` as for `attend`."""
-    return _output_and_gradients(attend(inputs, backend, **options), inputs)
+    with _planning(inputs.planned):
+        return _output_and_gradients(attend(inputs, backend, **options), inputs)
+
+
+@contextmanager
+def _planning(always: bool) -> Iterator[None]:
+    """Meanwhile, if `always`, the kernels plan calls of any size."""
+    if not always or not _has_triton():
+        yield
+        return
+    from .kernels import launch
+
+    least = launch.LEAST_PLANNED_ELEMENTS
+    launch.LEAST_PLANNED_ELEMENTS = 0
+    try:
+        yield
+    finally:
+        launch.LEAST_PLANNED_ELEMENTS = least
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _output_and_gradients(output: Tensor, inputs: Inputs) -> dict[str, Tensor]:

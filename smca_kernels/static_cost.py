@@ -550,6 +550,7 @@ def _cost_cells(cost: StaticCost, specialization: Specialization) -> Row:
         "resident_warps": cost.resident_warps,
         "num_warps": specialization.num_warps,
         "num_stages": specialization.num_stages,
+        "counts_elements": bool(specialization.elements_per_iteration or specialization.elements_per_program),
         "elements_per_iteration": specialization.elements_per_iteration,
         "constexprs": {name: _plain(value) for name, value in specialization.constexprs.items()},
         "loops": [dataclasses.asdict(loop) | {"instructions_per_element": loop.total} for loop in cost.loops],
@@ -573,12 +574,14 @@ def _cost_cells(cost: StaticCost, specialization: Specialization) -> Row:
 def total_row(rows: Sequence[Row]) -> Row:
     """All kernels of one pass together, for one (arch, dtype, head_dim): they run one after the other.
 
-    Instructions and time per element add up, resources are the largest of any kernel.
+    Instructions and time per element add up, resources are the largest of any kernel. What is done once a call, not
+    for every element, is not in the sums.
     """
     job = Job("", int(rows[0]["arch"][3:]), rows[0]["dtype"], rows[0]["head_dim"], 0, "", rows[0]["pass"])
     total = _empty_row(job) | {"kernel": f"{job.pass_} total", "triton": rows[0]["triton"]}
     for name in ("registers", "spill_bytes", "local_bytes", "shared_bytes"):
         total[name] = max((row[name] for row in rows if row[name] is not None), default=None)
+    rows = [row for row in rows if row.get("counts_elements", True)]
     missing = [row["kernel"] for row in rows if row["instructions_per_element"] is None]
     if missing:
         total["note"] = "incomplete: nothing counted for " + ", ".join(missing)
@@ -749,7 +752,7 @@ def format_table(rows: Sequence[Row]) -> str:
     lines += [f"\n{note}\n    {', '.join(names)}" for note, names in notes.items()]
     lines.append("\nInstructions per attention element, all kernels of a pass together:")
     for (pass_, arch), totals in _totals(rows).items():
-        lines.append(f"{pass_:<8} {arch:<6} " + ", ".join(f"{name} {value}" for name, value in totals))
+        lines.append(f"{pass_:<16} {arch:<6} " + ", ".join(f"{name} {value}" for name, value in totals))
     return "\n".join(lines)
 
 
@@ -766,7 +769,13 @@ def _totals(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[str, str]]]
 
 
 def _footer_order(pass_: str, arch: str, dtype: str, head_dim: int) -> tuple[Any, ...]:
-    return pass_ != "forward", int(arch.removeprefix("sm_")), DTYPES.index(dtype), head_dim
+    return (
+        not pass_.endswith("forward"),
+        pass_.startswith("planned"),
+        int(arch.removeprefix("sm_")),
+        DTYPES.index(dtype),
+        head_dim,
+    )
 
 
 def parse_architecture(text: str) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -360,10 +363,59 @@ def test_no_spills(arch: int, dtype: str, head_dim: int):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("arch", "pass_", "bar"),
-    [(80, "forward", 10.0), (90, "forward", 9.0), (80, "backward", 32.0), (90, "backward", 26.0)],
+    [
+        *((80, "forward", 10.0), (90, "forward", 9.0), (80, "backward", 32.0), (90, "backward", 26.0)),
+        *((80, "planned forward", 10.0), (90, "planned forward", 9.0)),
+        *((80, "planned backward", 32.0), (90, "planned backward", 26.0)),
+    ],
 )
 def test_instructions_per_element_stay_under_the_bar(arch: int, pass_: str, bar: float, dtype: str):
     rows = [row for row in real_rows(arch, dtype, 32) if row["pass"] == pass_]
     # A pass of several kernels ends with their total.
     assert rows[-1]["kernel"] == f"{pass_} total" or len(rows) == 1
     assert rows[-1]["instructions_per_element"] <= bar
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_plan_adds_at_most_half_an_instruction_per_element(arch: int):
+    def total(pass_: str) -> float:
+        rows = [row for row in real_rows(arch, "bf16", 32) if row["pass"] == pass_]
+        return rows[-1]["instructions_per_element"]
+
+    for pass_ in ("forward", "backward"):
+        assert total(f"planned {pass_}") - total(pass_) <= 0.5
+
+
+# An argument that is None is a constant to the compiler, which then compiles other code than `smca cost` sees.
+SPLIT = ("partial_outputs", "partial_lse", "arrivals")
+ABSENT = [
+    ("valid_shapes", *SPLIT),
+    ("valid_shapes", "plan", "scale_weights", "grad_weights"),
+    ("key_padding_mask", "seed"),
+]
+
+
+COMPILE_WITHOUT = """
+import sys
+from smca_kernels.kernels import launch
+from smca_kernels.static_cost import compile_kernel
+launch.ABSENT = tuple(sys.argv[1:])
+for chosen in launch.specializations(90, "bf16", 32):
+    if not chosen.pass_.startswith("planned") or ("plan" in launch.ABSENT and chosen.kernel in ("survey", "window")):
+        continue
+    signature = dict(chosen.signature)
+    for name, kind in {"key_padding_mask": "*u8", "seed": "*i64"}.items():
+        if name in signature and name not in chosen.constexprs:
+            signature[name] = kind
+    options = (chosen.num_warps, chosen.num_stages, chosen.attrs)
+    compile_kernel(chosen.function, signature, chosen.constexprs, 90, *options)
+"""
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids="-".join)
+def test_kernels_compile_without_their_optional_arguments(absent: tuple[str, ...]):
+    # In a process of its own: here Triton may have been imported to interpret.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE_WITHOUT, *absent]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -405,26 +405,26 @@ class Specialization:
     """One kernel as a launch with aligned inputs, scale weights and valid shapes, without dropout, compiles it."""
 
     kernel: str
-    pass_: str  # "forward" or "backward"
+    pass_: str  # of PASSES
     function: Any  # the JIT function
     signature: dict[str, str]
     constexprs: dict[str, Any]
     attrs: dict[tuple[int], list[list[Any]]]
     num_warps: int
     num_stages: int
-    elements_per_iteration: int  # queries × keys of one tile; 0 without a loop over keys
+    elements_per_iteration: int  # queries × keys of one tile; 0 without a loop over tiles
     tensor_flops_per_element: int
-    elements_per_program: int = 0  # of a kernel without such a loop: its queries × the keys of the `full` workload
+    elements_per_program: int = 0  # without such a loop: its queries × the keys of the `full` workload; 0: of a plan
     rare_loops: int = 0  # loops that only unusual inputs take: the direct path
 
 
-KERNELS: dict[str, tuple[Any, str]] = {
-    "survey": (survey_kernel, "forward"),
-    "window": (window_kernel, "forward"),
-    "forward": (forward_kernel, "forward"),
-    "prepare": (prepare_kernel, "backward"),
-    "query_major": (query_major_kernel, "backward"),
-    "key_major": (key_major_kernel, "backward"),
+# pass → kernels in the order of their launches. What is planned reads the plan that the first two make.
+BACKWARD_KERNELS = {"prepare": prepare_kernel, "query_major": query_major_kernel, "key_major": key_major_kernel}
+PASSES: dict[str, dict[str, Any]] = {
+    "forward": {"forward": forward_kernel},
+    "backward": BACKWARD_KERNELS,
+    "planned forward": {"survey": survey_kernel, "window": window_kernel, "forward": forward_kernel},
+    "planned backward": BACKWARD_KERNELS,
 }
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OF_INPUT_DTYPE = {"query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"} | {
@@ -459,35 +459,37 @@ def _argument_type(name: str, dtype: str) -> str:
 
 def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization]:
     """What offline compilation builds for an architecture (80 is sm_80), "fp16", "bf16" or "fp32" and head_dim."""
+    kernels = [(pass_, name, kernel) for pass_, of_pass in PASSES.items() for name, kernel in of_pass.items()]
+    return [_specialization(arch, dtype, head_dim, *each) for each in kernels]
+
+
+def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str, function: Any) -> Specialization:
     torch_dtype = TORCH_DTYPES[dtype]
-    rows = []
-    for name, (function, pass_) in KERNELS.items():
-        chosen = configuration(name, arch, torch_dtype, head_dim)
-        constexprs = constants(name, chosen, arch, torch_dtype, head_dim, unit=8)
-        constexprs |= {argument: None for argument in ABSENT if argument in function.arg_names}
-        signature = {
-            argument: "constexpr" if argument in constexprs else _argument_type(argument, dtype)
-            for argument in function.arg_names
-        }
-        flops = {"forward": 4 * head_dim + 48, "query_major": 6 * head_dim + 64, "key_major": 8 * head_dim + 32}
-        rows.append(
-            Specialization(
-                kernel=name,
-                pass_=pass_,
-                function=function,
-                signature=signature,
-                constexprs=constexprs,
-                attrs={
-                    (i,): [["tt.divisibility", 16]]
-                    for i, argument in enumerate(function.arg_names)
-                    if signature[argument].startswith("*")
-                },
-                num_warps=chosen.num_warps,
-                num_stages=chosen.num_stages,
-                elements_per_iteration=chosen.block_n * chosen.tile_h * chosen.tile_w if name in TILED else 0,
-                tensor_flops_per_element=flops.get(name, 0),
-                elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "prepare" else 0,
-                rare_loops=int(name in TILED and torch_dtype != torch.float32),
-            )
-        )
-    return rows
+    chosen = configuration(name, arch, torch_dtype, head_dim)
+    planned = pass_.startswith("planned")
+    absent = ABSENT if planned else (*ABSENT, "plan")
+    constexprs = constants(name, chosen, arch, torch_dtype, head_dim, unit=8)
+    constexprs |= {argument: None for argument in absent if argument in function.arg_names}
+    signature = {
+        argument: "constexpr" if argument in constexprs else _argument_type(argument, dtype)
+        for argument in function.arg_names
+    }
+    flops = {"forward": 4 * head_dim + 48, "query_major": 6 * head_dim + 64, "key_major": 8 * head_dim + 32}
+    return Specialization(
+        kernel=f"planned {name}" if planned and name in (*TILED, "prepare") else name,
+        pass_=pass_,
+        function=function,
+        signature=signature,
+        constexprs=constexprs,
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, argument in enumerate(function.arg_names)
+            if signature[argument].startswith("*")
+        },
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        elements_per_iteration=chosen.block_n * chosen.tile_h * chosen.tile_w if name in TILED else 0,
+        tensor_flops_per_element=flops.get(name, 0),
+        elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "prepare" else 0,
+        rare_loops=int(name in TILED and torch_dtype != torch.float32),
+    )
