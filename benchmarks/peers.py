@@ -28,10 +28,6 @@ from smca_kernels.parity import Inputs
 HALF = (torch.float16, torch.bfloat16)
 POINTS = 4  # that deformable attention samples, per head and scale
 
-# Functions are compiled for the shape of each scale, with gradients and without: more often than is allowed by default.
-compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-torch._dynamo.config.recompile_limit = 64
-
 
 @dataclass(frozen=True)
 class Peer:
@@ -107,13 +103,8 @@ def naive(inputs: Inputs) -> Tensor:
     return reference.attention(*inputs.backend_arguments())
 
 
-_compiled_naive = compiled(reference.attention)
-
-
-def naive_compiled(inputs: Inputs) -> Tensor:
-    """The same through torch.compile."""
-    out: Tensor = _compiled_naive(*inputs.backend_arguments())
-    return out
+# Whole forwards for the shapes at hand: what a compiler knows it can use.
+compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
 # --------------------------------------------------------------------------------------- SDPA with a materialised mask
@@ -221,17 +212,13 @@ def wide_logit_error(inputs: Inputs) -> float:
 # ------------------------------------------------------------------------------------------------- FlexAttention
 
 
-def _flex_captured(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def _modulation(
     center: Sequence[Tensor],  # x and y, each [B, H, N]
     precision: Sequence[Tensor],
     valid: Sequence[Tensor] | None,  # height and width, each [B]
     width: int,
-    scale: float,
-) -> Tensor:
-    """FlexAttention with the prior in its score_mod. One tensor per captured value: each has a gradient of its own."""
+) -> Callable[..., Tensor]:
+    """The prior as a score_mod. One tensor per captured value: each has a gradient of its own."""
     c_x, c_y = center
     p_x, p_y = precision
 
@@ -243,20 +230,10 @@ def _flex_captured(
             return score
         return torch.where((row < valid[0][b]) & (column < valid[1][b]), score, -math.inf)
 
-    out: Tensor = flex_attention(query, key, value, score_mod=modulated, scale=scale)
-    return out
+    return modulated
 
 
-def _flex_plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    out: Tensor = flex_attention(query, key, value, scale=scale)
-    return out
-
-
-_compiled_flex_captured = compiled(_flex_captured)
-_compiled_flex_plain = compiled(_flex_plain)
-
-
-def flex(inputs: Inputs, kernel: Callable[..., Tensor] = _compiled_flex_captured) -> Tensor:
+def flex(inputs: Inputs, attention: Callable[..., Any] = flex_attention) -> Tensor:
     """FlexAttention, a call for each scale; gradients of the captured tensors are summed by atomics."""
     heads, scale = inputs.query.shape[1], softmax_scale(inputs)
 
@@ -267,15 +244,35 @@ def flex(inputs: Inputs, kernel: Callable[..., Tensor] = _compiled_flex_captured
     for s, (key, value) in enumerate(zip(_by_scale(inputs.key, inputs), _by_scale(inputs.value, inputs), strict=True)):
         valid = None if inputs.valid_shapes is None else [side.contiguous() for side in inputs.valid_shapes[:, s].T]
         prior = captured(inputs.center[..., s, :]), captured(inputs.precision[..., s, :])
-        outputs.append(kernel(inputs.query, key, value, *prior, valid, inputs.spatial_shapes[s][1], scale))
+        score_mod = _modulation(*prior, valid, inputs.spatial_shapes[s][1])
+        outputs.append(attention(inputs.query, key, value, score_mod=score_mod, scale=scale))
     return _combined(outputs, inputs)
 
 
-def flex_wide(inputs: Inputs, kernel: Callable[..., Tensor] = _compiled_flex_plain) -> Tensor:
+def flex_wide(
+    inputs: Inputs, pairs: Sequence[tuple[Tensor, Tensor]], attention: Callable[..., Any] = flex_attention
+) -> Tensor:
     """FlexAttention on widened queries and keys; it lets values keep their own width."""
-    values = _by_scale(inputs.value, inputs)
-    pairs = zip(wide(inputs), values, strict=True)
-    return _combined([kernel(query, key, value, softmax_scale(inputs)) for (query, key), value in pairs], inputs)
+    triples = zip(pairs, _by_scale(inputs.value, inputs), strict=True)
+    scale = softmax_scale(inputs)
+    return _combined([attention(query, key, value, scale=scale) for (query, key), value in triples], inputs)
+
+
+_compiled_flex, _compiled_flex_wide, _compiled_attention = compiled(flex), compiled(flex_wide), compiled(flex_attention)
+
+
+def flex_compiled(inputs: Inputs) -> Tensor:
+    """`flex` as a whole, or call by call on a CPU, whose FlexAttention can't be fused with what is around it."""
+    out: Tensor = _compiled_flex(inputs) if inputs.query.is_cuda else flex(inputs, _compiled_attention)
+    return out
+
+
+def flex_wide_compiled(inputs: Inputs) -> Tensor:
+    """`flex_wide` likewise, after what widens queries and keys, which uses tables that a compiler would make anew."""
+    pairs = wide(inputs)
+    out: Tensor
+    out = _compiled_flex_wide(inputs, pairs) if inputs.query.is_cuda else flex_wide(inputs, pairs, _compiled_attention)
+    return out
 
 
 def flex_unsupported(inputs: Inputs, with_gradients: bool) -> str | None:
@@ -349,18 +346,18 @@ PEERS: dict[str, Peer] = {
             prepare=_padded_wide,
             logit_error=wide_logit_error,
         ),
-        Peer("naive-compiled", "torch.compile of naive, static shapes", naive_compiled, compiled=True),
+        Peer("naive-compiled", "torch.compile of naive, static shapes", compiled(naive), compiled=True),
         Peer(
             "flex",
             "FlexAttention, static shapes, the prior in score_mod from captured tensors",
-            flex,
+            flex_compiled,
             unsupported=flex_unsupported,
             compiled=True,
         ),
         Peer(
             "flex-wide",
             "FlexAttention, static shapes, on queries and keys widened as for sdpa-wide; preparation widens them",
-            flex_wide,
+            flex_wide_compiled,
             prepare=wide,
             unsupported=flex_unsupported,
             logit_error=wide_logit_error,

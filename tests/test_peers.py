@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ def test_peer_gives_the_operators_output_and_gradients(name: str, case: Case, ge
 
 @pytest.mark.parametrize(
     "attend",
-    [partial(peers.flex, kernel=peers._flex_captured), partial(peers.flex_wide, kernel=peers._flex_plain)],
+    [peers.flex, lambda inputs: peers.flex_wide(inputs, peers.wide(inputs))],
     ids=["captured", "wide"],
 )
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
