@@ -119,7 +119,7 @@ def fit(measured: dict[str, Any], costs: Sequence[Cost], dtype: str) -> Fit:
     times: dict[tuple[str, str], tuple[float, float]] = {}
     for name, workload in WORKLOADS.items():
         for prediction in predict(costs, workload, dtype, arch, sms):
-            value = table.value("time", name, prediction.step, dtype, "triton")
+            value = table.work_time(name, prediction.step, dtype, "triton")
             if value is not None and prediction.kernels is not None:
                 times[name, prediction.step] = prediction.kernels, value / 1e3
     efficiency = {}

@@ -21,6 +21,7 @@ COLORS = {
 }  # fmt: skip
 CONTEXT = "*"  # behind the name of a peer that computes something else
 OFF = "†"  # behind one that is beyond the error budget
+MARKS = f"{CONTEXT} computes something else   {OFF} beyond the error budget"
 
 
 def load(path: Path) -> Json:
@@ -53,6 +54,11 @@ class Table:
         row = self.rows.get((measure, workload, step, dtype, peer))
         return None if row is None else row["value"]
 
+    def work_time(self, workload: str, step: str, dtype: str, peer: str) -> float | None:
+        """Time of a CUDA graph's replay, in which launching costs nothing, or of a call where that wasn't measured."""
+        replay = self.value("replay", workload, step, dtype, peer)
+        return self.value("time", workload, step, dtype, peer) if replay is None else replay
+
     def ratio(self, measure: str, workload: str, step: str, dtype: str, over: str, under: str) -> float | None:
         """How often `over`'s value contains `under`'s."""
         a, b = (self.value(measure, workload, step, dtype, peer) for peer in (over, under))
@@ -63,11 +69,11 @@ class Table:
         found = ((row["dtype"], row["workload"]) for row in self.found["rows"] if row["measure"] == "time")
         return list(dict.fromkeys(found))
 
-    def label(self, workload: str, dtype: str, peer: str) -> str:
-        """A peer's name with what must be known about it."""
-        parity = self.parity.get((workload, dtype, peer))
-        context = not self.found["peers"][peer]["same"]
-        return peer + CONTEXT * context + OFF * (parity is not None and not parity["within"])
+    def label(self, peer: str, dtype: str, *workloads: str) -> str:
+        """A peer's name with what must be known about it in any of these workloads."""
+        found = (self.parity.get((workload, dtype, peer)) for workload in workloads)
+        off = any(parity is not None and not parity["within"] for parity in found)
+        return peer + CONTEXT * (not self.found["peers"][peer]["same"]) + OFF * off
 
 
 # ---------------------------------------------------------------------------------------------------------- Markdown
@@ -141,7 +147,7 @@ def _workload(table: Table, dtype: str, workload: str) -> Iterator[str]:
         compiling = [table.value("compile", workload, step, dtype, peer) for step in (FORWARD, BOTH)]
         seconds = [value for value in compiling if value is not None]
         rows.append([
-            table.label(workload, dtype, peer) + " (default)" * (table.found["defaults"].get(dtype) == peer),
+            table.label(peer, dtype, workload) + " (default)" * (table.found["defaults"].get(dtype) == peer),
             *cells,
             _number(table.value("preparation", workload, FORWARD, dtype, peer), "{:.3g}"),
             *(_number(value, "{:.2f} ×") for value in speed),
@@ -178,7 +184,7 @@ def _replays(table: Table, dtype: str, workload: str) -> list[list[str]]:
     for peer in table.found["peers"]:
         cells = [_time(table, dtype, workload, step, peer, "replay") for step in (FORWARD, BOTH)]
         if any(cells):
-            rows.append([table.label(workload, dtype, peer), *cells])
+            rows.append([table.label(peer, dtype, workload), *cells])
     return rows
 
 
@@ -266,8 +272,7 @@ def plot_speedup(found: Json) -> Any:
         for i, peer in enumerate(names):
             speed = [table.ratio("time", workload, step, dtype, "naive", peer) or math.nan for workload in workloads]
             at = [x + 0.84 * ((i + 0.5) / len(names) - 0.5) for x in range(len(workloads))]
-            off = any(OFF in table.label(workload, dtype, peer) for workload in workloads)
-            label = peer + CONTEXT * (not found["peers"][peer]["same"]) + OFF * off
+            label = table.label(peer, dtype, *workloads)
             hatch = "" if found["peers"][peer]["same"] else "///"
             axis.bar(at, speed, 0.84 / len(names), label=label, color=COLORS.get(peer), hatch=hatch, edgecolor="white")
         axis.set_yscale("log")
@@ -277,9 +282,7 @@ def plot_speedup(found: Json) -> Any:
         axis.set_ylabel("times as fast as naive PyTorch")
         axis.grid(axis="y", alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=10, loc="outside lower center")
-    figure.suptitle(
-        _caption(found, dtype) + f"\n{CONTEXT} computes something else   {OFF} beyond the error budget", fontsize=9
-    )
+    figure.suptitle(f"{_caption(found, dtype)}\n{MARKS}", fontsize=9)
     return figure
 
 
@@ -304,7 +307,7 @@ def plot_keys(found: Json) -> Any:
             values = [table.value(measure, workload, BOTH, dtype, peer) or math.nan for workload in workloads]
             if not all(map(math.isnan, values)):
                 style = "-" if found["peers"][peer]["same"] else ":"
-                name = peer + CONTEXT * (not found["peers"][peer]["same"])
+                name = table.label(peer, dtype, *workloads)
                 axis.plot(keys, values, style, marker="o", markersize=4, label=name, color=COLORS.get(peer))
         axis.set(xscale="log", yscale="log", xlabel="keys of an image", ylabel=label, title=f"{FORWARD} + backward")
         axis.set_xticks(
@@ -314,5 +317,5 @@ def plot_keys(found: Json) -> Any:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=10, loc="outside lower center")
     what = f"batch of {batch[1:]}; memory beyond inputs, output and gradients"
-    figure.suptitle(f"{_caption(found, dtype)}\n{what}", fontsize=9)
+    figure.suptitle(f"{_caption(found, dtype)}\n{what}\n{MARKS}", fontsize=9)
     return figure

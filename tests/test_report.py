@@ -120,7 +120,16 @@ def test_keys_plot_shows_time_and_memory_in_order_of_keys(found: dict[str, Any])
     lines = {line.get_label(): line for line in time.get_lines()}
     assert list(lines["sdpa"].get_xdata()) == [50, 90]
     assert list(lines["sdpa"].get_ydata()) == [2.0, 4.0]
+    assert {"rounded†", "other*"} < set(lines)
     assert {line.get_label() for line in memory.get_lines()} == {"naive", "sdpa"}
+
+
+def test_time_of_the_work_alone_is_that_of_a_replay_where_there_is_one(found: dict[str, Any]) -> None:
+    found["rows"].append(row("basic-b3", FORWARD, "sdpa", 0.5, "replay"))
+    table = report.Table(found)
+    assert table.work_time("basic-b3", FORWARD, "float32", "sdpa") == 0.5
+    assert table.work_time("full-b3", FORWARD, "float32", "sdpa") == 4.0
+    assert table.work_time("full-b3", FORWARD, "float32", "flex") is None
 
 
 def test_run_of_one_workload_has_no_plot_against_keys(found: dict[str, Any]) -> None:
