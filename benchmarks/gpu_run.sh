@@ -80,16 +80,16 @@ summarise
 
 # Side by side, as compiling the kernels on the host takes most of the time, and nothing here is timed.
 for dtype in float32 float16 bfloat16; do
-    smca "parity-$dtype" 215 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
+    smca "parity-$dtype" 200 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
 done
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
-    step tests 215 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" "${KERNEL_TESTS[@]}" &
+    step tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" "${KERNEL_TESTS[@]}" &
 else
     missing tests pytest
 fi
 for tool in memcheck racecheck; do
     if [ -n "$SANITIZER" ]; then
-        sanitize "$tool" 215 &
+        sanitize "$tool" 200 &
     else
         missing "$tool" compute-sanitizer
     fi
@@ -98,12 +98,14 @@ wait
 summarise
 
 # Writes its file after each workload, and begins none after the seconds that it is given.
-smca bench 215 bench --seconds 180 --json "$OUT/bench.json"
+smca bench 200 bench --seconds 170 --json "$OUT/bench.json"
 summarise
-smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --trace "$OUT/trace.json"
+picture=()
+"$PYTHON" -c "import matplotlib" 2>/dev/null && picture=(--picture "$OUT/profile.png")
+smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --trace "$OUT/trace.json" "${picture[@]}"
 summarise
 if "$PYTHON" -c "import torchvision" 2>/dev/null; then
-    smca bench-model 90 bench-model --quick --json "$OUT/bench-model.json"
+    smca bench-model 120 bench-model --quick --json "$OUT/bench-model.json"
 else
     missing bench-model torchvision
 fi
