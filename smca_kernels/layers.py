@@ -418,6 +418,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
         image_sizes: Tensor | None = None,  # [B, 2]
         valid_shapes: ValidShapes | None = None,  # [B, S, 2]
         key_padding_mask: Tensor | None = None,  # [B, T]
+        mass_tolerance: float | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, SpatialPriorOutput]:
         """Attend; returns (output, prior), so that ``[0]`` reads as it does after nn.MultiheadAttention.
@@ -435,6 +436,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
                 from valid_shapes, else key_padding_mask, else spatial_shapes.
             valid_shapes: [B, S, 2], (height, width) in cells of the top-left part of each grid that is image.
             key_padding_mask: [B, T] bool, True = ignore. Not together with valid_shapes, which is faster.
+            mass_tolerance: as `smca_attention`.
             backend: as `smca_attention`; also that of the prior.
 
         Returns:
@@ -468,6 +470,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
             valid_shapes=valid_shapes,
             key_padding_mask=key_padding_mask,
             dropout_p=self.dropout if self.training else 0.0,
+            mass_tolerance=mass_tolerance,
             backend=backend,
         )
         output = output.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(2)

@@ -181,6 +181,22 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "scale must be a number or None, got torch.float32 tensor",
     ),
     "scale is NaN": ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+    "mass_tolerance is a tensor": (
+        {"mass_tolerance": torch.tensor(0.1)},
+        TypeError,
+        "mass_tolerance must be a number or None, got torch.float32 tensor",
+    ),
+    "mass_tolerance below 0": (
+        {"mass_tolerance": -1e-9},
+        ValueError,
+        r"mass_tolerance must be in \[0, 1\), got -1e-09",
+    ),
+    "mass_tolerance of 1": ({"mass_tolerance": 1.0}, ValueError, r"mass_tolerance must be in \[0, 1\), got 1.0"),
+    "mass_tolerance is NaN": (
+        {"mass_tolerance": math.nan},
+        ValueError,
+        r"mass_tolerance must be in \[0, 1\), got nan",
+    ),
     "scale is infinite": ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
     "an unknown backend": ({"backend": "cuda"}, ValueError, "backend must be one of .*'auto', .* got 'cuda'"),
     "backend is None": ({"backend": None}, ValueError, "backend must be one of .*, got None"),

@@ -550,6 +550,11 @@ def test_half_precision_layer_takes_a_float32_prior() -> None:
     assert prior.center.dtype == expected.center.dtype == torch.float32
 
 
+def test_mass_tolerance_is_that_of_the_attention() -> None:
+    with pytest.raises(ValueError, match=r"mass_tolerance must be in \[0, 1\), got 2"):
+        make_layer()(**make_inputs(), mass_tolerance=2)
+
+
 def test_dropout_acts_only_while_training() -> None:
     layer, inputs = make_layer(dropout=1.0), make_inputs()
     expected = make_layer()
