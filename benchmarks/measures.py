@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from smca_kernels import explain_backend, profiling, smca_attention
-from smca_kernels.parity import Inputs
+from smca_kernels.parity import BACKENDS, Inputs
 
 from . import limits
 from .records import Left, Row, explain
@@ -187,12 +187,12 @@ def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
     def plain_both() -> None:
         torch.autograd.grad(scaled_dot_product_attention(*plain), plain, inputs.grad_output)
 
-    ours = [peer for peer in subject.peers.values() if peer.ours and peer.unsupported(inputs, True) is None]
+    ours = [name for name in BACKENDS if name in subject.peers and not subject.peers[name].unsupported(inputs, True)]
     torch_calls: dict[str, Callable[[], object]]
     torch_calls = {FORWARD: partial(scaled_dot_product_attention, *plain), BOTH: plain_both}
     for step, torch_call in torch_calls.items():
         calls: dict[str, Callable[[], object]] = {"torch SDPA": torch_call}
-        calls |= {peer.name: our_call(peer.name, step) for peer in ours}
+        calls |= {name: our_call(name, step) for name in ours}
         for name, values in host_times(calls, repeats, subject.device).items():
             yield subject.row("overhead", step, name, values)
 

@@ -82,20 +82,32 @@ def _is_half(inputs: Inputs) -> bool:
 # -------------------------------------------------------------------------------------------------- ours and naive
 
 
-def ours(inputs: Inputs, backend: str) -> Tensor:
-    """`smca_attention` with one backend."""
-    return smca_attention(**inputs.arguments(), backend=backend)
+def ours(inputs: Inputs, **options: Any) -> Tensor:
+    """`smca_attention` with options of its own."""
+    return smca_attention(**inputs.arguments(), **options)
 
 
-def ours_unsupported(inputs: Inputs, with_gradients: bool, backend: str) -> str | None:
-    """Why a backend of ours can't be timed on these inputs."""
-    if backend == "triton" and inputs.query.device.type == "cpu":
+def ours_unsupported(inputs: Inputs, with_gradients: bool, **options: Any) -> str | None:
+    """Why it can't be timed on these inputs, or need not be."""
+    if options["backend"] == "triton" and inputs.query.device.type == "cpu":
         return "its kernels are compiled for GPUs; Triton's interpreter only checks them here (`smca parity`)"
     try:
-        explain_backend(**inputs.arguments(), backend=backend)
+        explain_backend(**inputs.arguments(), **options)
     except ValueError as error:
         return str(error)
+    if options.get("mass_tolerance") == 0.0:
+        from smca_kernels.kernels import launch
+
+        if not launch.plan_pays(inputs.query, [side for shape in inputs.spatial_shapes for side in shape]):
+            return "it is the same as triton, which looks for keys to leave out in larger calls only"
     return None
+
+
+OURS: dict[str, dict[str, Any]] = {  # name: options
+    "triton": {"backend": "triton"},
+    "triton-all": {"backend": "triton", "mass_tolerance": 0.0},
+    "sdpa": {"backend": "sdpa"},
+}
 
 
 def naive(inputs: Inputs) -> Tensor:
@@ -325,13 +337,13 @@ PEERS: dict[str, Peer] = {
         Peer("naive", "eager PyTorch, every queries × keys tensor stored", naive),
         *(
             Peer(
-                backend,
-                f'smca_attention(backend="{backend}")',
-                partial(ours, backend=backend),
-                unsupported=partial(ours_unsupported, backend=backend),
+                name,
+                f"smca_attention({', '.join(f'{option}={value!r}' for option, value in options.items())})",
+                partial(ours, **options),
+                unsupported=partial(ours_unsupported, **options),
                 ours=True,
             )
-            for backend in ("triton", "sdpa")
+            for name, options in OURS.items()
         ),
         Peer(
             "sdpa-mask",

@@ -3,7 +3,8 @@
     seconds = Σ_kernels  ceil(programs / SMs) · elements of a program · cycles per element / clock / efficiency
 
 Cycles per element are those of `smca cost`, which reads them off the compiled kernels, on full tiles: edges of grids
-and the last block of queries cost as much as their tiles. Beside it, and alone where the machine code can't be read
+and the last block of queries cost as much as their tiles. All keys are computed, as with mass_tolerance=0: what narrow
+priors save depends on the priors. Beside it, and alone where the machine code can't be read
 (V100), stands the limit: what the card could do if its busiest unit never idled.
 
 Efficiency is what a measured card reached of its own prediction; without one it is 1, and the times are lower bounds.
@@ -32,6 +33,8 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # What the count of a kernel without a loop over keys is divided by, besides its queries.
 NOMINAL_KEYS = sum(height * width for height, width in WORKLOADS["full-b1"].spatial_shapes)
 
+COMPUTE_ALL = ("triton-all", "triton")  # peers that compute all keys, the second one where the first is left out
+
 Cost = dict[str, Any]  # a row of `smca cost --json`
 
 
@@ -54,7 +57,10 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
         workload: what it computes.
         multiprocessors: SMs of the card; None: those of the product in the report.
     """
+    from smca_kernels.kernels import launch
+
     card, constants = ARCHITECTURES[int(cost["arch"][3:])], cost["constexprs"]
+    sms = multiprocessors or card.multiprocessors
     cycles = card.multiprocessors * card.clock_hz / cost["predicted_elements_per_second"]
     block_n = constants["BLOCK_N"]
     blocks = -(-workload.queries // block_n)
@@ -69,7 +75,12 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
         else:
             programs = images * blocks
             elements = tiles / workload.batch * height * width * block_n
-    rounds = -(-programs // (multiprocessors or card.multiprocessors))
+            if cost["kernel"] == "forward":  # as launch.splits_of has it
+                shapes = [side for shape in workload.spatial_shapes for side in shape]
+                most = min(launch.tiles_of_grids(shapes, height, width) // launch.LEAST_TILES, launch.MOST_SPLITS)
+                splits = max(1, min(launch.RESIDENT_PROGRAMS * sms // programs, most))
+                programs, elements = programs * splits, elements / splits
+    rounds = -(-programs // sms)
     return rounds * elements * cycles / card.clock_hz
 
 
@@ -119,7 +130,8 @@ def fit(measured: dict[str, Any], costs: Sequence[Cost], dtype: str) -> Fit:
     times: dict[tuple[str, str], tuple[float, float]] = {}
     for name, workload in WORKLOADS.items():
         for prediction in predict(costs, workload, dtype, arch, sms):
-            value = table.work_time(name, prediction.step, dtype, "triton")
+            every = (table.work_time(name, prediction.step, dtype, peer) for peer in COMPUTE_ALL)
+            value = next((value for value in every if value is not None), None)
             if value is not None and prediction.kernels is not None:
                 times[name, prediction.step] = prediction.kernels, value / 1e3
     efficiency = {}
@@ -136,7 +148,7 @@ def markdown(predictions: Sequence[Prediction], dtype: str, fitted: Fit | None, 
     lines = [f"# Predicted times of the Triton kernels, {dtype}", ""]
     if fitted is None:
         lines += ["**Predicted, on none of these cards measured.** No GPU has been measured: efficiency is taken as 1."]
-        lines += ["Read these as lower bounds: neither latency, nor memory, nor launching is in them."]
+        lines += ["Read these as lower bounds where all keys are computed: no latency, memory or launching is in them."]
     else:
         shares = ", ".join(f"{100 * value:.0f} % in {step}" for step, value in fitted.efficiency.items())
         lines += [f"**Predicted.** The efficiency is that measured on {fitted.card}: {shares}."]

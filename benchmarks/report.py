@@ -16,8 +16,9 @@ from .workloads import BOTH, FORWARD
 Json = dict[str, Any]
 FAMILY = ("basic", "dc5", "full", "pyramid")  # workloads that differ in their keys alone
 COLORS = {
-    "triton": "#d62728", "sdpa": "#ff7f0e", "naive": "#7f7f7f", "naive-compiled": "#8c564b", "sdpa-mask": "#1f77b4",
-    "sdpa-wide": "#17becf", "flex": "#2ca02c", "flex-wide": "#bcbd22", "plain-sdpa": "#9467bd", "deformable": "#e377c2",
+    "triton": "#d62728", "triton-all": "#ff9896", "sdpa": "#ff7f0e", "naive": "#7f7f7f", "naive-compiled": "#8c564b",
+    "sdpa-mask": "#1f77b4", "sdpa-wide": "#17becf", "flex": "#2ca02c", "flex-wide": "#bcbd22", "plain-sdpa": "#9467bd",
+    "deformable": "#e377c2",
 }  # fmt: skip
 CONTEXT = "*"  # behind the name of a peer that computes something else
 OFF = "†"  # behind one that is beyond the error budget

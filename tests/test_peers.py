@@ -58,7 +58,7 @@ def test_flex_attention_gives_the_operators_output_and_gradients(
 
 def test_every_peer_that_computes_the_same_is_checked_here() -> None:
     checked = {"naive", "sdpa", "sdpa-mask", "sdpa-wide", "flex", "flex-wide"}
-    elsewhere = {"triton", "naive-compiled"}  # tests of the kernels; the same code as naive
+    elsewhere = {"triton", "triton-all", "naive-compiled"}  # tests of the kernels; the same code as naive
     assert {name for name, peer in PEERS.items() if peer.same} == checked | elsewhere
 
 
@@ -109,6 +109,18 @@ def test_triton_is_not_timed_by_its_interpreter(generator: torch.Generator) -> N
     reason = PEERS["triton"].unsupported(make_inputs(SMALL, generator), True)
     assert reason is not None
     assert "interpreter" in reason
+
+
+@pytest.mark.parametrize("leaves_keys_out", [True, False])
+def test_triton_with_all_keys_is_measured_where_triton_may_leave_some_out(
+    leaves_keys_out: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = pytest.importorskip("smca_kernels.kernels.launch")
+    monkeypatch.setattr(peers, "explain_backend", lambda **arguments: None)
+    monkeypatch.setattr(launch, "plan_pays", lambda query, sides: leaves_keys_out)
+    inputs = make_inputs(SMALL, generator, "meta")
+    assert PEERS["triton"].unsupported(inputs, True) is None
+    assert (PEERS["triton-all"].unsupported(inputs, True) is None) == leaves_keys_out
 
 
 def test_flex_attention_is_measured_forward_only_on_a_cpu(generator: torch.Generator) -> None:
