@@ -55,7 +55,7 @@ setup(
             "tqdm",
         ],
         "demo": ["matplotlib", "scikit-image", "torchvision"],
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist"],
+        "test": ["hypothesis", "pytest", "pytest-benchmark", "pytest-xdist"],
         "dev": ["mypy", "ruff"],
     },
     entry_points={"console_scripts": ["smca = smca_kernels.cli:main"]},

@@ -128,7 +128,7 @@ def nearest_cells(center: Tensor, size: Tensor) -> Tensor:
     inside = torch.minimum(center.nan_to_num(nan=0.0), size[:, None, None] - 1).clamp(min=0)
     nearest = (inside + 0.5).floor()
     # Of the number just below a half the sum is rounded up.
-    return nearest - (nearest - inside > 0.5).to(center.dtype)
+    return nearest - (inside < nearest - 0.5).to(center.dtype)
 
 
 def thresholds(
@@ -160,7 +160,7 @@ def thresholds(
     t = log_tolerance + outside.log() + bound - scale * (query * nearest_key).sum(-1) + 0.004
 
     known = (center.abs() < 1e6).all(-1) & (t < 1e9)
-    # The kernels don't look at the keys of a head none of whose priors falls off within the grid.
+    # A head whose priors are all wide computes everything: the kernels don't even survey its keys.
     falls = precision * torch.tensor([width**2, height**2], device=precision.device)
     known &= (falls > log_tolerance).any(-1).any(-1, keepdim=True)
     if padding is not None:
