@@ -493,13 +493,18 @@ def test_overhead_that_cant_be_measured_does_not_end_the_run(monkeypatch: pytest
     assert {row.workload for row in report.rows} == {"few cells"}
 
 
-def test_commit_of_sources_without_a_repository_is_what_the_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_attention, "_git", lambda *arguments: "")
-    monkeypatch.setenv("GIT_COMMIT", "0123abcd")
+def test_commit_is_what_the_caller_says_or_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"rev-parse": "0123abcd", "status": " M benchmarks/peers.py"}
+    monkeypatch.setattr(bench_attention, "_git", lambda command, *rest: answers[command])
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    expected = [("0123abcd", True), ("0123abcd", False), ("unknown", "unknown")]
+    for status, commit in ((" M benchmarks/peers.py", "0123abcd"), ("", "0123abcd"), ("", "")):
+        answers |= {"rev-parse": commit, "status": status}
+        facts = bench_attention.environment(CPU)
+        assert (facts["commit"], facts["dirty"]) == expected.pop(0)
+    monkeypatch.setenv("GIT_COMMIT", "4567cdef")
     facts = bench_attention.environment(CPU)
-    assert (facts["commit"], facts["dirty"]) == ("0123abcd", "unknown")
-    monkeypatch.delenv("GIT_COMMIT")
-    assert bench_attention.environment(CPU)["commit"] == "unknown"
+    assert (facts["commit"], facts["dirty"]) == ("4567cdef", "unknown")
 
 
 def test_render_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
