@@ -83,7 +83,9 @@ for dtype in float32 float16 bfloat16; do
     smca "parity-$dtype" 200 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
 done
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
-    step tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$OUT/tests.xml" "${KERNEL_TESTS[@]}" &
+    options=(-q -p no:cacheprovider --junitxml="$OUT/tests.xml")
+    "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n 4)
+    step tests 200 "$PYTHON" -m pytest "${options[@]}" "${KERNEL_TESTS[@]}" &
 else
     missing tests pytest
 fi
