@@ -119,8 +119,8 @@ def query_windows(
     nearest = nearest_cells(center, size)
     t = thresholds(query, key, center, precision, nearest, grid, size, padding, scale, mass_tolerance)
     before, behind = reach(precision, center - nearest, t)
-    # A cell more on each side than `reach` asks for covers its rounding.
-    return torch.cat(((nearest - before).floor(), (nearest + behind).floor() + 2), -1)
+    # A quarter of a cell on each side covers the rounding of `reach`.
+    return torch.cat(((nearest - before - 0.25).ceil(), (nearest + behind + 0.25).floor() + 1), -1)
 
 
 def nearest_cells(center: Tensor, size: Tensor) -> Tensor:

@@ -279,11 +279,11 @@ def window_kernel(
     if key_padding_mask is not None:
         known &= tl.load(key_padding_mask + b * keys + nearest) == 0
 
-    # A cell more on each side than `reach` asks for covers its rounding.
-    x0 = tl.min(tl.where(known, tl.maximum(tl.floor(nearest_x - left), 0.0), 0.0), 0).to(tl.int32)
-    y0 = tl.min(tl.where(known, tl.maximum(tl.floor(nearest_y - up), 0.0), 0.0), 0).to(tl.int32)
-    x1 = tl.max(tl.where(known, tl.minimum(tl.floor(nearest_x + right) + 2.0, width), width), 0).to(tl.int32)
-    y1 = tl.max(tl.where(known, tl.minimum(tl.floor(nearest_y + down) + 2.0, height), height), 0).to(tl.int32)
+    # A quarter of a cell on each side covers the rounding of `reach`.
+    x0 = tl.min(tl.where(known, tl.maximum(tl.ceil(nearest_x - left - 0.25), 0.0), 0.0), 0).to(tl.int32)
+    y0 = tl.min(tl.where(known, tl.maximum(tl.ceil(nearest_y - up - 0.25), 0.0), 0.0), 0).to(tl.int32)
+    x1 = tl.max(tl.where(known, tl.minimum(tl.floor(nearest_x + right + 0.25) + 1.0, width), width), 0).to(tl.int32)
+    y1 = tl.max(tl.where(known, tl.minimum(tl.floor(nearest_y + down + 0.25) + 1.0, height), height), 0).to(tl.int32)
     x1 = tl.minimum(tl.cdiv(x1, ALIGN_W) * ALIGN_W, valid_width)
     y1 = tl.minimum(tl.cdiv(y1, ALIGN_H) * ALIGN_H, valid_height)
     at = plan + queries + (block * scales + s) * 4
