@@ -1,9 +1,9 @@
 """`smca bench`: the operator against everything that could take its place. Parity first; then time, memory, overhead.
 
 The command line and the run. What is measured on what, and the bars, are tables in workloads.py; the rivals are in
-peers.py. A run asks for each workload who may be measured (gate.py), measures (measures.py), and keeps what it found
-(records.py), which report.py renders and compare.py holds against an earlier run. docs/benchmarks.md tells how to read
-the tables.
+peers.py. A run asks for each workload who may be measured (gate.py), measures (measures.py), counts what a plan leaves
+to compute (counted.py), and keeps what it found (records.py), which report.py renders and compare.py holds against an
+earlier run. docs/benchmarks.md tells how to read the tables.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from smca_kernels.environment import describe, versions
 
 from . import compare
 from . import report as reporting
+from .counted import counted_rows
 from .gate import Clock, admit
 from .measures import Effort, limit_rows, measure_memory, measure_overhead, measure_time, rotated_inputs
 from .records import Report, Row, explain
 from .subject import SEED, Subject
-from .workloads import BOTH, DEFAULT_WORKLOADS, DTYPES, TINY, WORKLOADS, Workload
+from .workloads import BOTH, COUNTED, DEFAULT_WORKLOADS, DTYPES, TINY, WORKLOADS, Workload
 
 if TYPE_CHECKING:
     from .peers import Peer
@@ -185,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"--json must name a file in an existing folder, got {args.json}")
+    peers = chosen_peers(args.peer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(environment(device), args.json)
     base = None
@@ -192,10 +194,13 @@ def run(args: argparse.Namespace) -> int:
         base = reporting.load(args.base)
         compare.check_comparable(base["environment"], report.environment)
     print("\n".join(f"{name}: {fact}" for name, fact in report.environment.items()) + "\n", flush=True)
+    counted = [WORKLOADS[name] for name in COUNTED if args.workload is None or name in args.workload]
+    report.workloads |= {workload.name: describe_workload(workload) for workload in counted}
+    report.rows += counted_rows(counted)
     measure_all(
         [WORKLOADS[name] for name in args.workload or DEFAULT_WORKLOADS[device.type]],
         args.dtype or DTYPES[device.type],
-        chosen_peers(args.peer),
+        peers,
         device,
         (QUICK_EFFORTS if args.quick else EFFORTS)[device.type],
         report,

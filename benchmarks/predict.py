@@ -75,10 +75,9 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
         else:
             programs = images * blocks
             elements = tiles / workload.batch * height * width * block_n
-            if cost["kernel"] == "forward":  # as launch.splits_of has it
+            if cost["kernel"] == "forward":
                 shapes = [side for shape in workload.spatial_shapes for side in shape]
-                most = min(launch.tiles_of_grids(shapes, height, width) // launch.LEAST_TILES, launch.MOST_SPLITS)
-                splits = max(1, min(launch.RESIDENT_PROGRAMS * sms // programs, most))
+                splits = launch.splits_of(programs, launch.tiles_of_grids(shapes, height, width), sms)
                 programs, elements = programs * splits, elements / splits
     rounds = -(-programs // sms)
     return rounds * elements * cycles / card.clock_hz

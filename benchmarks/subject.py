@@ -105,6 +105,5 @@ def output_bytes(inputs: Inputs) -> int:
 
 
 def per_scale_bytes(inputs: Inputs) -> int:
-    """Bytes of an output for every scale, in query's dtype, with a float32 log-sum-exp for every row."""
-    rows = inputs.query.shape[:3].numel()
-    return len(inputs.spatial_shapes) * (inputs.query.numel() * inputs.query.element_size() + rows * 4)
+    """Bytes of an output and a log-sum-exp of every row for every scale, in float32 as the kernels keep them."""
+    return 4 * len(inputs.spatial_shapes) * (inputs.query.numel() + inputs.query.shape[:3].numel())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import bench_attention, gate, measures, peers, records, small_shapes
 from benchmarks import test_attention as pytest_cases
+from benchmarks.counted import counted_rows
 from benchmarks.gate import Clock, Gate
 from benchmarks.measures import Effort
 from benchmarks.peers import PEERS, Peer
@@ -161,6 +162,30 @@ def test_missed_bar_fails_the_run(subject: Subject, monkeypatch: pytest.MonkeyPa
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_elements_are_counted_that_a_plan_leaves_to_compute() -> None:
+    # Narrow priors at σ/W = 0.02 with 300 queries: at most 1/1.8 of all; without a prior, all.
+    workloads = [WORKLOADS[f"pyramid-b2-{prior}"] for prior in ("narrow", "off")]
+    counts = {(row.workload, row.dtype, row.peer): row.value for row in counted_rows(workloads)}
+    for dtype in DTYPES["cuda"]:
+        everything = workloads[0].elements / 1e6
+        assert counts["pyramid-b2-narrow", dtype, "triton"] < everything / 1.8
+        assert counts["pyramid-b2-off", dtype, "triton"] == everything
+        assert {counts[workload.name, dtype, "triton-all"] for workload in workloads} == {everything}
+
+
+def test_a_bar_on_time_is_held_against_replays_where_there_are_any(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "BARS", (Bar("time", BOTH, "sdpa", "naive", at_least=2.0),))
+    report = Report({"device": "cpu"}, peers={})
+    report.rows = [subject.row("time", BOTH, name, [1.0]) for name in ("sdpa", "naive")]
+    (verdict,) = records.verdicts(report)
+    assert (verdict.measure, verdict.met) == ("time", False)
+    report.rows += [subject.row("replay", BOTH, name, [value]) for name, value in (("sdpa", 0.1), ("naive", 0.5))]
+    (verdict,) = records.verdicts(report)
+    assert (verdict.measure, verdict.value, verdict.base, verdict.met) == ("replay", 0.1, 0.5, True)
 
 
 def test_row_gives_median_and_quantiles(subject: Subject) -> None:
@@ -392,6 +417,7 @@ def arguments(**changed: Any) -> argparse.Namespace:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """`smca bench` on a few cells, without bars that these could miss."""
     monkeypatch.setattr(bench_attention, "WORKLOADS", {FEW_CELLS.name: FEW_CELLS})
+    monkeypatch.setattr(bench_attention, "COUNTED", (FEW_CELLS.name,))
     monkeypatch.setattr(bench_attention, "DEFAULT_WORKLOADS", {"cpu": (FEW_CELLS.name,)})
     monkeypatch.setattr(bench_attention, "QUICK_EFFORTS", {"cpu": QUICK})
     monkeypatch.setattr(records, "BARS", ())
@@ -419,6 +445,7 @@ def test_bench_reports_every_measure_of_every_peer_and_survives_json(
         *(("overhead", step, peer) for step in (FORWARD, BOTH) for peer in ("torch SDPA", "sdpa")),
         *(("saved", FORWARD, peer) for peer in same | {"inputs", "inputs + outputs of each scale"}),
         *(("peak", BOTH, peer) for peer in same),
+        *(("computed", FORWARD, peer) for peer in ("triton", "triton-all")),
     }
     assert all(row["value"] > 0 for row in found["rows"] if row["measure"] != "peak")
     assert (tmp_path / "bench.md").read_text() in capsys.readouterr().out

@@ -194,12 +194,14 @@ def tiles_of_grids(spatial_shapes: Sequence[int], tile_h: int, tile_w: int) -> i
     return sum(-(-height // tile_h) * -(-width // tile_w) for height, width in sides)
 
 
-def splits_of(programs: int, tiles: int, device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 on a CPU, where the interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def splits_of(programs: int, tiles: int, multiprocessors: int) -> int:
     """How many forward programs share the tiles of each block of queries, when there are `programs` blocks in all."""
-    if device.type != "cuda":
-        return 1
-    wanted = RESIDENT_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count // programs
-    return max(1, min(wanted, tiles // LEAST_TILES, MOST_SPLITS))
+    return max(1, min(RESIDENT_PROGRAMS * multiprocessors // programs, tiles // LEAST_TILES, MOST_SPLITS))
 
 
 def plan_size(queries: int, scales: int) -> int:
@@ -289,7 +291,8 @@ def forward(
     unit = stride_unit((query, key, value, out))
     chosen, compile_time = launch_arguments("forward", query.device, query.dtype, head_dim, unit)
     programs = batch * heads * -(-queries // chosen.block_n)
-    splits = splits_of(programs, tiles_of_grids(spatial_shapes, chosen.tile_h, chosen.tile_w), query.device)
+    tiles = tiles_of_grids(spatial_shapes, chosen.tile_h, chosen.tile_w)
+    splits = splits_of(programs, tiles, multiprocessors(query.device))
     partial_outputs, partial_lse, arrivals = None, None, None
     if splits > 1:
         partial_outputs = scale_outputs.new_empty(splits, *scale_outputs.shape)

@@ -1,0 +1,43 @@
+"""How many elements a plan leaves to compute, counted by the kernels' twin in PyTorch: no GPU is needed.
+
+Rows of the measure "computed" are millions of pairs of a query and a key, as the kernels' configurations for sm_90 have
+blocks and tiles: with the default mass_tolerance under "triton", with 0 under "triton-all".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from smca_kernels.attention import MASS_TOLERANCES
+
+from .records import Row
+from .subject import SEED
+from .workloads import DTYPES, FORWARD, MEASURES, Workload
+
+ARCHITECTURE = 90
+
+
+def counted_rows(workloads: Sequence[Workload]) -> Iterator[Row]:
+    """Of workloads without padding, in every dtype; none where Triton isn't installed."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from smca_kernels import locality
+    from smca_kernels.kernels import launch
+
+    for workload in workloads:
+        for dtype_name in DTYPES["cuda"]:
+            inputs = workload.inputs(dtype_name, SEED, torch.device("cpu"))
+            dtype, head_dim = inputs.query.dtype, workload.head_dim
+            plan = locality.plan(
+                inputs.query, inputs.key, inputs.center, inputs.precision, workload.spatial_shapes,
+                scale=head_dim**-0.5, mass_tolerance=MASS_TOLERANCES[dtype],
+                block=launch.configuration("forward", ARCHITECTURE, dtype, head_dim).block_n,
+                tile=launch.planned_tile(ARCHITECTURE, dtype, head_dim),
+            )  # fmt: skip
+            counts = {"triton": plan.computed().sum().item(), "triton-all": float(workload.elements)}
+            for peer, count in counts.items():
+                about = "computed", workload.name, FORWARD, dtype_name, peer, MEASURES["computed"]
+                yield Row(*about, value=count / 1e6, q20=None, q80=None, repeats=1)
