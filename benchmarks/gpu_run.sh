@@ -21,7 +21,7 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 # Those without a GPU in them (the command line, metadata) have run elsewhere.
 KERNEL_TESTS=()
-for stem in tiles forward backward operator kernels attention sdpa layers; do
+for stem in tiles forward backward operator kernels locality attention sdpa layers; do
     for file in tests/test_"$stem"*.py; do
         [ -f "$file" ] && KERNEL_TESTS+=("$file")
     done
