@@ -136,10 +136,22 @@ WINDOW_CASES = [
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.5), ("bfloat16", 2.0**-11)])
 @pytest.mark.parametrize("case", WINDOW_CASES, ids=lambda case: case.name)
-def test_windows_are_the_twin_s(
-    case: Case, dtype: str, tolerance: float, device: torch.device, generator: torch.Generator
+def test_windows_are_the_twin_s_to_the_cell(
+    case: Case,
+    dtype: str,
+    tolerance: float,
+    device: torch.device,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(launch, "planned_tile", lambda *_: (1, 1))
     assert_plan_is_the_twin_s(make_inputs(dataclasses.replace(case, dtype=dtype), generator, device), tolerance)
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES)
+def test_windows_are_the_twin_s_to_the_tile(dtype: str, device: torch.device, generator: torch.Generator) -> None:
+    case = Case("", ((33, 40), (9, 9)), heads=2, queries=40, prior="narrow", dtype=dtype)
+    assert_plan_is_the_twin_s(make_inputs(case, generator, device), 0.5)
 
 
 def prior_of_width(fraction: float, dtype: str, generator: torch.Generator) -> Inputs:
@@ -243,6 +255,52 @@ def test_output_and_gradients_are_those_of_the_keys_in_the_windows(
             assert plan.computed().sum() < elements(inputs)
         with seen_alone(plan.seen(case.spatial_shapes), inputs):
             expectation = Expectation.of(inputs)
+    assert_all_within_budget(expectation.compare(actual))
+
+
+def dropped_mass(inputs: Inputs, seen: Tensor) -> float:
+    """Of the only scale, in float64: the largest of all queries."""
+    wide, (height, width) = inputs.double(), inputs.spatial_shapes[0]
+    center, precision = wide.center[..., 0, :], wide.precision[..., 0, :]
+    with torch.no_grad():
+        probabilities = reference.scale_probabilities(
+            wide.query, wide.key, center, precision, height, width, None, inputs.backend_arguments()[-1]
+        )
+    return probabilities.masked_fill(seen, 0.0).sum(-1).max().item()
+
+
+def fought_inputs(
+    dtype: str, tolerance: float, precision: float, generator: torch.Generator, device: torch.device
+) -> tuple[Inputs, float]:
+    """Inputs whose plan leaves out keys that agree with all queries and have large values; and the mass of those."""
+    case = Case("", ((3, 40),), queries=9, scale=1.0, head_dim=16, dtype=dtype)
+    inputs = make_inputs(case, generator, device)
+    with torch.no_grad():
+        # All queries are nearest to the cell (5, 1), whose key agrees with them; those around it don't.
+        inputs.center[:] = torch.tensor([5.0, 1.0]) + 0.4 * torch.rand(inputs.center.shape, generator=generator)
+        inputs.precision[:] = torch.tensor([precision, 1e-3])
+        inputs.query.mul_(0.02)[..., 0] = 4.0
+        inputs.key.mul_(0.02)[..., 0] = -1.0
+        inputs.key[:, :, 45, 0] = 1.0
+        hidden = ~plan_of(inputs, tolerance).seen(case.spatial_shapes)[0].any(2)
+        inputs.key[..., 0][hidden] = 1.0
+        inputs.value[hidden] *= 100
+    return inputs, dropped_mass(inputs, plan_of(inputs, tolerance).seen(case.spatial_shapes)[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-3), ("float32", 0.5), ("float16", 0.9), ("bfloat16", 0.9)]
+)
+def test_no_gradient_sees_what_the_forward_left_out(
+    dtype: str, tolerance: float, device: torch.device, generator: torch.Generator
+) -> None:
+    tried = [fought_inputs(dtype, tolerance, p, generator, device) for p in (0.01, 0.015, 0.02, 0.03)]
+    inputs, mass = max(tried, key=lambda each: each[1])
+    assert 1e-3 * tolerance < mass <= tolerance
+    with poisoned_memory():
+        actual = run_backend(inputs, "triton", mass_tolerance=tolerance)
+    with seen_alone(plan_of(inputs, tolerance).seen(inputs.spatial_shapes), inputs):
+        expectation = Expectation.of(inputs)
     assert_all_within_budget(expectation.compare(actual))
 
 

@@ -21,7 +21,7 @@ from smca_kernels.kernels.windows import PATCH_H, PATCH_W, survey_kernel, window
 
 MAX_SCALES = 8
 LEAST_BLOCK = 32  # queries of a forward block, at least
-MOST_PLANNED_BLOCKS = 30  # of queries: backward.blocks_that_see
+MOST_PLANNED_QUERIES = 30 * LEAST_BLOCK  # backward.blocks_that_see
 # Pairs of a query and a key from which on a plan is made. At the limits of docs/cost.md these are some 15 µs of an
 # H100's forward pass, of which a plan may save half and whose two launches it costs.
 LEAST_PLANNED_ELEMENTS = 2**25
@@ -195,8 +195,8 @@ def tiles_of_grids(spatial_shapes: Sequence[int], tile_h: int, tile_w: int) -> i
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 on a CPU, where the interpreter runs one program after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Of a GPU; none on a CPU, where the interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def splits_of(programs: int, tiles: int, multiprocessors: int) -> int:
@@ -211,10 +211,9 @@ def plan_size(queries: int, scales: int) -> int:
 
 def plan_pays(query: Tensor, spatial_shapes: Sequence[int]) -> bool:
     """Whether a call is so large that leaving out keys may save more time than planning costs."""
-    batch, heads, queries, head_dim = query.shape
-    block_n = configuration("forward", architecture(query.device), query.dtype, head_dim).block_n
+    batch, heads, queries, _ = query.shape
     enough = batch * heads * queries * sum(cells(spatial_shapes)) >= LEAST_PLANNED_ELEMENTS
-    return enough and queries <= MOST_PLANNED_BLOCKS * block_n
+    return enough and queries <= MOST_PLANNED_QUERIES
 
 
 def plan(
