@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn, most: int = 60) -> Problem:
+    """Of all kinds, on grids of at most `most` cells a side."""
     height, width = draw(st.integers(1, most)), draw(st.integers(1, most))
     query = st.tuples(centers(width), centers(height), precisions(width), precisions(height))
     return Problem(
@@ -99,6 +100,25 @@ def problems(draw: st.DrawFn, most: int = 60) -> Problem:
         scale=draw(st.sampled_from([1.0, HEAD_DIM**-0.5, -0.3])),
         tolerance=draw(TOLERANCES),
         seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@st.composite
+def fights(draw: st.DrawFn) -> Problem:
+    """An adversary against one query whose window has edges inside the grid."""
+    height, width = draw(st.integers(4, 24)), draw(st.integers(8, 24))
+    inside = st.tuples(st.floats(0.0, width - 1.0), st.floats(0.0, height - 1.0))
+    falls = draw(powers_of_ten(1.5, 3)) / width**2
+    return Problem(
+        grid=(height, width),
+        queries=[(*draw(inside), falls, falls)],
+        mask="none",
+        keys="adversary",
+        strength=draw(st.floats(2.0, 15.0)),
+        of_nearest=draw(st.sampled_from([-1.0, 0.0, 1.0, 1.0])),
+        scale=1.0,
+        tolerance=draw(powers_of_ten(-7, -0.05)),
+        seed=0,
     )
 
 
@@ -224,7 +244,7 @@ BLOCKS = st.sampled_from([(1, (1, 1)), (1, (1, 1)), (1, (1, 1)), (2, (2, 3)), (6
 
 
 @hunt(400)
-@given(problem=problems(), blocks=BLOCKS)
+@given(problem=problems() | fights(), blocks=BLOCKS)
 def test_no_query_loses_more_than_the_tolerance_in_float64(
     problem: Problem, blocks: tuple[int, tuple[int, int]]
 ) -> None:
@@ -232,7 +252,7 @@ def test_no_query_loses_more_than_the_tolerance_in_float64(
 
 
 @hunt(300)
-@given(problem=problems(), blocks=BLOCKS)
+@given(problem=problems() | fights(), blocks=BLOCKS)
 def test_no_query_loses_more_than_the_tolerance_in_float32(
     problem: Problem, blocks: tuple[int, tuple[int, int]]
 ) -> None:
@@ -265,7 +285,10 @@ def kernels() -> Iterator[Planner]:
 
 
 @hunt(30)
-@given(problem=problems(most=24), dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]))
+@given(
+    problem=fights() | problems(most=24),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
+)
 def test_no_query_loses_more_than_the_tolerance_in_the_kernels(
     kernels: Planner, problem: Problem, dtype: torch.dtype
 ) -> None:
@@ -371,7 +394,14 @@ class Gradients:
 
 def gradients(inputs: Tensors, value: Tensor, weight: float, grad_output: Tensor, hidden: Tensor) -> Gradients:
     """Of the reference in float64, without the hidden keys."""
-    tensors = [inputs.query, inputs.key, value, inputs.center, inputs.precision, torch.tensor(weight).double()]
+    tensors = [
+        inputs.query,
+        inputs.key,
+        value,
+        inputs.center,
+        inputs.precision,
+        torch.tensor(weight, dtype=torch.float64),
+    ]
     query, key, value, center, precision, alpha = leaves = [t.detach().clone().requires_grad_() for t in tensors]
     probabilities = reference.scale_probabilities(
         query, key, center[..., 0, :], precision[..., 0, :], *inputs.shapes[0], hidden, inputs.scale
@@ -382,12 +412,12 @@ def gradients(inputs: Tensors, value: Tensor, weight: float, grad_output: Tensor
 
 
 @hunt(200)
-@given(problem=problems(most=24), weight=st.floats(-2.0, 2.0))
+@given(problem=problems(most=24) | fights(), weight=st.floats(-2.0, 2.0))
 def test_output_and_gradients_change_by_no_more_than_documented(problem: Problem, weight: float) -> None:
     c_x, c_y, p_x, p_y = problem.queries[0]
     # Of a centre far away the reference's own rounding would drown the rest.
     assume(p_x * c_x**2 + p_y * c_y**2 < 1e6 and problem.mask == "none" and problem.strength < 100)
-    problem = Problem(**{**vars(problem), "queries": problem.queries[:1]})
+    problem = replace(problem, queries=problem.queries[:1])
     inputs = tensors_of(problem, torch.float64, twin(1, (1, 1)))
     height, width = problem.grid
     hidden = ~twin(1, (1, 1))(inputs, problem.tolerance).seen(inputs.shapes)[0][:, 0, 0]
