@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, seed, settings
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from smca_kernels import locality, reference
 HEAD_DIM = 16
 
 
-def hunt(examples: int) -> Callable[[Any], Any]:
+def hunt(examples: int, shrink: bool = True) -> Callable[[Any], Any]:
     """Settings of a property test that draws from the run's seed alone."""
     chosen = settings(
         max_examples=examples,
@@ -32,6 +32,7 @@ def hunt(examples: int) -> Callable[[Any], Any]:
         database=None,
         derandomize=False,
         print_blob=False,
+        phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     return lambda test: seed(int(os.environ["SMCA_SEED"]))(chosen(test))
@@ -284,7 +285,7 @@ def kernels() -> Iterator[Planner]:
         yield planner
 
 
-@hunt(30)
+@hunt(30, shrink=False)  # which would take the interpreter minutes
 @given(
     problem=fights() | problems(most=24),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
