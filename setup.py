@@ -34,7 +34,8 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=find_packages(include=["smca_kernels*", "smca_model*", "benchmarks*"]),
+    packages=[*find_packages(include=["smca_kernels*", "smca_model*"]), "smca_benchmarks"],
+    package_dir={"smca_benchmarks": "benchmarks"},  # no top-level package of a name that any project may have
     package_data={"smca_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
@@ -58,5 +59,5 @@ setup(
         "test": ["hypothesis", "pytest", "pytest-benchmark", "pytest-xdist"],
         "dev": ["mypy", "ruff"],
     },
-    entry_points={"console_scripts": ["smca = smca_kernels.cli:main"]},
+    entry_points={"console_scripts": ["smca = smca_kernels.tools.cli:main"]},
 )

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 
 from smca_kernels import explain_backend
-from smca_kernels.environment import describe, versions
+from smca_kernels.tools.env import describe, versions
 
 from . import compare
 from . import report as reporting

@@ -28,7 +28,7 @@ from smca_kernels.files import write_text
 if TYPE_CHECKING:
     import torch
 
-    from smca_kernels.scale_profile import Profile
+    from smca_kernels.profiling.recorder import Profile
     from smca_model.engine import Batch, Trainer
 
 NAIVE, FUSED = "naive", "fused"
@@ -208,7 +208,7 @@ def check_parity(profile: Profile, precision: str) -> list[str]:
     """What is wrong with the backend on inputs of the first call's shape: a line for each tensor over its budget."""
     import torch
 
-    from smca_kernels.parity import Case, check, make_inputs
+    from smca_kernels.testing.parity import Case, check, make_inputs
 
     call = profile.calls()[0]
     shapes = tuple((row.height, row.width) for row in profile.rows() if row.call == 1)
@@ -221,7 +221,7 @@ def measure(subject: Subject, repeats: Repeats) -> Iterator[Row | str]:
     """Both rows of a detector; before them a line for everything that is wrong, and no row after such a line."""
 
     from smca_kernels import profile
-    from smca_kernels.profiling import interleaved_times, peak_bytes
+    from smca_kernels.profiling.measure import interleaved_times, peak_bytes
 
     device = subject.device
     profiles = {}

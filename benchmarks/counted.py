@@ -24,8 +24,7 @@ def counted_rows(workloads: Sequence[Workload]) -> Iterator[Row]:
     """Of workloads without padding, in every dtype; none where Triton isn't installed."""
     if importlib.util.find_spec("triton") is None:
         return
-    from smca_kernels import locality
-    from smca_kernels.kernels import launch
+    from smca_kernels.backends.triton import launch, locality
 
     for workload in workloads:
         for dtype_name in DTYPES["cuda"]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smca_kernels.parity import Comparison, Expectation, Inputs, poisoned_memory
+from smca_kernels.testing.parity import Comparison, Expectation, Inputs, poisoned_memory
 
 from .records import Parity, Report, explain
 from .subject import Subject, grad_mode, make_call, seconds_of, without_gradients

@@ -66,13 +66,13 @@ missing() { # name what
 smca() { # name seconds arguments...
     local name=$1 limit=$2
     shift 2
-    step "$name" "$limit" "$PYTHON" -c "import sys; from smca_kernels.cli import main; sys.exit(main())" "$@"
+    step "$name" "$limit" "$PYTHON" -c "import sys; from smca_kernels.tools.cli import main; sys.exit(main())" "$@"
 }
 
 sanitize() { # tool seconds
     # Torch's cache would hide an access past a tensor's end in the memory that it gave to another.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" \
-        "$SANITIZER" --tool "$1" --error-exitcode 86 "$PYTHON" -m benchmarks.small_shapes
+        "$SANITIZER" --tool "$1" --error-exitcode 86 "$PYTHON" -m smca_benchmarks.small_shapes
 }
 
 smca env 20 env --json "$OUT/env.json"

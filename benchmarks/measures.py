@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from smca_kernels import explain_backend, profiling, smca_attention
-from smca_kernels.parity import BACKENDS, Inputs
+from smca_kernels import explain_backend, smca_attention
+from smca_kernels.profiling import measure as profiling
+from smca_kernels.testing.parity import BACKENDS, Inputs
 
 from . import limits
 from .records import Left, Row, explain

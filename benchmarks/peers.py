@@ -22,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import grid_sample, pad, scaled_dot_product_attention
 
-from smca_kernels import explain_backend, reference, smca_attention
-from smca_kernels.parity import Inputs
+from smca_kernels import explain_backend, smca_attention
+from smca_kernels.backends import reference
+from smca_kernels.testing.parity import Inputs
 
 HALF = (torch.float16, torch.bfloat16)
 POINTS = 4  # that deformable attention samples, per head and scale
@@ -96,7 +97,7 @@ def ours_unsupported(inputs: Inputs, with_gradients: bool, **options: Any) -> st
     except ValueError as error:
         return str(error)
     if options.get("mass_tolerance") == 0.0:
-        from smca_kernels.kernels import launch
+        from smca_kernels.backends.triton import launch
 
         if not launch.plan_pays(inputs.query, [side for shape in inputs.spatial_shapes for side in shape]):
             return "it is the same as triton, which looks for keys to leave out in larger calls only"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from smca_kernels.files import write_text
-from smca_kernels.static_cost import ARCHITECTURES
+from smca_kernels.tools.cost.report import ARCHITECTURES
 
 from . import limits, report
 from .workloads import BOTH, FORWARD, WORKLOADS, Workload
@@ -57,7 +57,7 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
         workload: what it computes.
         multiprocessors: SMs of the card; None: those of the product in the report.
     """
-    from smca_kernels.kernels import launch
+    from smca_kernels.backends.triton import launch
 
     card, constants = ARCHITECTURES[int(cost["arch"][3:])], cost["constexprs"]
     sms = multiprocessors or card.multiprocessors
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise ValueError(f"--cost {args.cost} can't be read as a cost report: {error}") from None
     else:
-        from smca_kernels.static_cost import compile_report
+        from smca_kernels.tools.cost.report import compile_report
 
         head_dims = sorted({workload.head_dim for workload in WORKLOADS.values()})
         costs = compile_report([(arch, DTYPES[args.dtype], d) for arch in CARDS if arch >= 80 for d in head_dims])

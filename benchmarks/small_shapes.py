@@ -1,6 +1,6 @@
 """Forward and backward of the Triton kernels on small shapes, for a tool that watches every memory access.
 
-compute-sanitizer --tool memcheck python -m benchmarks.small_shapes
+compute-sanitizer --tool memcheck python -m smca_benchmarks.small_shapes
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from smca_kernels.parity import CASES, case_generator, make_inputs, run_backend
+from smca_kernels.testing.parity import CASES, case_generator, make_inputs, run_backend
 
 ARITHMETIC = (("float16", 0.0), ("float16", 0.1), ("float32", 0.0))  # dtype, dropout_p
 

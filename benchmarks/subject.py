@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smca_kernels.parity import Inputs
+from smca_kernels.testing.parity import Inputs
 
 from .records import Left, Row
 from .workloads import FORWARD, MEASURES, Workload

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from smca_kernels.parity import Inputs
+    from smca_kernels.testing.parity import Inputs
 
 FORWARD, BOTH = "forward", "forward + backward"
 
@@ -66,7 +66,7 @@ class Workload:
         """Random inputs that require gradients; the prior beside them in float32, and scale weights."""
         import torch
 
-        from smca_kernels.parity import Case, make_inputs
+        from smca_kernels.testing.parity import Case, make_inputs
 
         case = Case(
             self.name,

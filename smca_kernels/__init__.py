@@ -3,9 +3,9 @@
 Importing needs neither a GPU nor Triton: Triton is imported when a call first runs its kernels.
 """
 
-from .attention import attention_map, explain_backend, smca_attention
-from .layers import SpatiallyModulatedCoAttention, SpatialPrior
-from .scale_profile import profile
+from smca_kernels.attention import attention_map, explain_backend, smca_attention
+from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention, SpatialPrior
+from smca_kernels.profiling.recorder import profile
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import reference, sdpa
+from smca_kernels.backends import reference
+from smca_kernels.backends.sdpa import operator as sdpa
 
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -272,7 +273,7 @@ def _unsupported(name: str, inputs: Inputs) -> str | None:
 
 def _module(name: str) -> ModuleType:
     if name == "triton":
-        from .kernels import operator  # the only import of Triton, and only when it is wanted
+        from smca_kernels.backends.triton import operator  # the only import of Triton, and only when it is wanted
 
         return operator
     return sdpa if name == "sdpa" else reference

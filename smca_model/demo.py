@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smca_kernels import demo as operator_demo
 from smca_kernels.files import replacing, write_text
-from smca_kernels.profiling import interleaved_times
+from smca_kernels.profiling.measure import interleaved_times
+from smca_kernels.tools import demo as operator_demo
 
 if TYPE_CHECKING:
     from .train import Settings

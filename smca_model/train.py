@@ -488,6 +488,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":  # as torchrun starts it
-    from smca_kernels.cli import main
+    from smca_kernels.tools.cli import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from smca_kernels import attention as attention_module
-from smca_kernels import attention_map, explain_backend, reference, sdpa, smca_attention
+from smca_kernels import attention_map, explain_backend, smca_attention
+from smca_kernels.backends import reference
+from smca_kernels.backends.sdpa import operator as sdpa
 
 BATCH, HEADS, QUERIES, HEAD_DIM = 2, 4, 5, 16
 SHAPES = ((3, 4), (2, 2), (1, 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from smca_kernels.cli import COMMANDS
+from smca_kernels.tools.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 WORKFLOW = (ROOT / ".github/workflows/gpu.yml").read_text("utf-8")

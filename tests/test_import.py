@@ -63,7 +63,7 @@ except ValueError as error:
 
 
 def test_without_triton_the_environment_report_says_so() -> None:
-    told = run_fresh(BLOCK_TRITON + "from smca_kernels.cli import main; raise SystemExit(main(['env']))")
+    told = run_fresh(BLOCK_TRITON + "from smca_kernels.tools.cli import main; raise SystemExit(main(['env']))")
     assert "triton           can't be imported (No module named 'triton')" in told
 
 

@@ -1,0 +1,1 @@
+"""Measure calls of the operator."""

@@ -1,0 +1,1 @@
+"""The command `smca` and its parts; no part of the library imports them."""

@@ -1,0 +1,67 @@
+"""The console script `smca`: a table of subcommands, each imported only when it is chosen.
+
+A subcommand's module defines `add_arguments(parser)` and `run(args)`, which returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from smca_kernels import __version__
+
+# name: (module, what it does)
+COMMANDS = {
+    "demo": ("smca_model.demo", "the layer on two photographs, and a detector trained on digits in minutes"),
+    "train": ("smca_model.train", "train a detector on data in COCO's format"),
+    "eval": ("smca_model.evaluate", "COCO's average precision of trained weights"),
+    "detect": ("smca_model.detect", "boxes in images, drawn, with the attention behind them"),
+    "presets": ("smca_model.presets", "the models of the paper: parameters and GFLOPs"),
+    "data": ("smca_model.digits", "make a small data set of real digits"),
+    "parity": ("smca_kernels.testing.parity", "check every backend here against PyTorch in float64"),
+    "cost": ("smca_kernels.tools.cost.report", "compile the kernels without a GPU and count their instructions"),
+    "bench": (
+        "smca_benchmarks.bench_attention",
+        "time and memory of every backend here and of its rivals",
+    ),
+    "predict": ("smca_benchmarks.predict", "times of the kernels on cards that aren't here, predicted"),
+    "bench-model": ("smca_benchmarks.bench_model", "detectors with naive and fused co-attention: time, memory, batch"),
+    "profile": ("smca_kernels.tools.profile", "what each scale of the co-attention costs, call by call"),
+    "env": ("smca_kernels.tools.env", "versions, devices and the backend of each dtype, for a bug report"),
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `smca` with the given arguments (default: those of the process) and return its exit status.
+
+    A subcommand's ValueError is told as ``smca NAME: error: …`` with exit status 2.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    description = "Spatially modulated co-attention (SMCA) for DETR decoders."
+    parser = argparse.ArgumentParser(prog="smca", description=description)
+    parser.add_argument("--version", action="version", version=f"smca_kernels {__version__}")
+    subparsers = parser.add_subparsers(title="subcommands", dest="name", metavar="NAME", required=True)
+    try:
+        for name, (module_name, purpose) in COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=purpose, description=purpose)
+            if name == chosen:
+                module = import_module(module_name)
+                module.add_arguments(subparser)
+        args = parser.parse_args(arguments)
+        status: int = module.run(args)
+        sys.stdout.flush()
+        return status
+    except ValueError as error:
+        print(f"smca {chosen}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads the output (`smca cost | head`) has had enough; the flush at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,1 @@
+"""`smca cost`: what the compiled kernels cost, without a GPU."""

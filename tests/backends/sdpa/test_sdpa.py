@@ -1,0 +1,533 @@
+"""The portable backend: error budgets on each of its paths, its columns alone, memory, tracing and dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from smca_kernels import smca_attention
+from smca_kernels.backends import reference
+from smca_kernels.backends.sdpa import columns as sdpa_columns
+from smca_kernels.backends.sdpa import operator as sdpa
+from smca_kernels.profiling.measure import saved_bytes
+from smca_kernels.testing import parity
+from smca_kernels.testing.parity import CASES, Case, Inputs, make_inputs
+
+SHAPES = ((9, 17), (5, 8))
+SMALL_CASES = [case for case in CASES if not case.large]
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def names(cases: list[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+@pytest.fixture
+def always_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small cases, too, through widened queries and keys."""
+    monkeypatch.setattr(sdpa, "DENSE_LIMIT", 0)
+
+
+def run(inputs: Inputs) -> Tensor:
+    return parity.attend(inputs, "sdpa")
+
+
+def results(inputs: Inputs) -> list[Tensor]:
+    return list(parity.run_backend(inputs, "sdpa").values())
+
+
+# --- error budgets ---
+
+
+def assert_passes(case: Case, generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(case, generator, device)
+    over = [str(c) for c in parity.check(inputs, "sdpa") if not c.ratio <= 1.0]
+    assert not over, "\n".join(over)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=names(SMALL_CASES))
+def test_results_are_within_their_budgets(
+    case: Case, dtype: str, generator: torch.Generator, device: torch.device
+) -> None:
+    assert_passes(dataclasses.replace(case, dtype=dtype), generator, device)
+
+
+@pytest.mark.usefixtures("always_widened")
+@pytest.mark.parametrize("case", SMALL_CASES, ids=names(SMALL_CASES))
+def test_results_by_widened_columns_are_within_their_budgets(
+    case: Case, generator: torch.Generator, device: torch.device
+) -> None:
+    assert_passes(case, generator, device)
+
+
+@pytest.mark.usefixtures("always_widened")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=names(SMALL_CASES))
+def test_results_by_columns_in_half_precision_are_within_their_budgets(
+    case: Case, dtype: str, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdpa, "_forward_dtype", lambda query, shapes: query.dtype)
+    assert_passes(dataclasses.replace(case, dtype=dtype), generator, device)
+
+
+@pytest.mark.parametrize("prior", parity.PRIORS)
+def test_a_large_grid_is_within_its_budgets(prior: str, generator: torch.Generator, device: torch.device) -> None:
+    case = Case("large grid", ((100, 134),), batch=1, heads=1, queries=64, head_dim=16, prior=prior)
+    assert_passes(case, generator, device)
+
+
+@pytest.mark.usefixtures("always_widened")
+@pytest.mark.parametrize("mask", ["none", "valid_shapes", "random"])
+def test_float64_is_computed_in_float64(mask: str, generator: torch.Generator, device: torch.device) -> None:
+    case = Case("float64", SHAPES, dtype="float64", prior_dtype="float64", mask=mask)
+    inputs = make_inputs(case, generator, device)
+    for ours, exact in zip(results(inputs), parity.run_reference(inputs).values(), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10 * exact.abs().max().item())
+
+
+def test_several_blocks_give_what_one_gives(
+    generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(Case("blocks", SHAPES, heads=3, queries=33, mask="valid_shapes"), generator, device)
+    at_once = results(inputs)
+    for limit in (4 * 9 * 17, 2 * 33 * 9 * 17):  # parts of one head, two heads of six
+        for name in ("CPU_BLOCK", "DEVICE_BLOCK"):
+            monkeypatch.setattr(sdpa, name, limit // torch.get_num_threads() if name == "CPU_BLOCK" else limit)
+        for ours, expected in zip(results(inputs), at_once, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.usefixtures("always_widened")
+def test_center_and_precision_may_have_different_heads(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("heads", SHAPES, batch=1, heads=3), generator, device)
+    for name in ("center", "precision"):
+        shared = getattr(inputs, name)[:, :1].detach().requires_grad_()
+        mixed = dataclasses.replace(inputs, **{name: shared})
+        assert all(c.ratio <= 1.0 for c in parity.check(mixed, "sdpa"))
+
+
+def test_only_some_inputs_may_want_a_gradient(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("some", SHAPES), generator, device)
+    gradients = parity.run_backend(inputs, "sdpa")
+    for name in ("value", "center"):
+        alone = {n: t.detach() for n, t in inputs.differentiable().items()}
+        alone[name].requires_grad_()
+        out = run(dataclasses.replace(inputs, **alone))
+        (gradient,) = torch.autograd.grad(out, alone[name], inputs.grad_output)
+        assert torch.equal(gradient, gradients[name])
+
+
+@pytest.mark.usefixtures("always_widened")
+def test_an_expanded_gradient_is_taken(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("sum", SHAPES), generator, device)
+    inputs = dataclasses.replace(inputs, grad_output=torch.ones((), device=device).expand(inputs.query.shape))
+    assert all(c.ratio <= 1.0 for c in parity.check(inputs, "sdpa"))
+
+
+@pytest.mark.usefixtures("always_widened")
+@pytest.mark.parametrize("scale", [1e-30, -1e-30, 30.0])
+def test_extreme_scales_are_taken(scale: float, generator: torch.Generator, device: torch.device) -> None:
+    assert_passes(Case("scale", SHAPES, scale=scale), generator, device)
+
+
+# --- masks ---
+
+
+@pytest.mark.usefixtures("always_widened")
+@pytest.mark.parametrize("mask", ["valid_shapes", "random"])
+def test_ignored_keys_have_no_weight_at_all(mask: str, generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("garbage", SHAPES, mask=mask), generator, device)
+    ignored = torch.cat(reference.ignored_keys(SHAPES, inputs.valid_shapes, inputs.key_padding_mask), 1)
+    garbage = {
+        name: torch.where(ignored[:, None, :, None], 1e4, getattr(inputs, name)).detach().requires_grad_()
+        for name in ("key", "value")
+    }
+    clean, dirty = results(inputs), results(dataclasses.replace(inputs, **garbage))
+    for name, ours, expected in zip(parity.TENSORS, dirty, clean, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item(), msg=name)
+    for gradient in dirty[2:4]:  # of key and value
+        assert not gradient.masked_select(ignored[:, None, :, None]).any()
+
+
+@pytest.mark.parametrize("widened", [False, True])
+def test_an_image_without_valid_keys_gives_zeros_and_no_gradient(
+    widened: bool, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if widened:
+        monkeypatch.setattr(sdpa, "DENSE_LIMIT", 0)
+    inputs = make_inputs(Case("empty", SHAPES, batch=2), generator, device)
+    valid = torch.tensor([[[9, 17], [5, 8]], [[0, 3], [2, 0]]], device=device)
+    for result in results(dataclasses.replace(inputs, valid_shapes=valid)):
+        assert result.isfinite().all()
+        assert result[0].any()
+        assert not result[1].any()
+
+
+@pytest.mark.usefixtures("always_widened")
+def test_an_image_alone_in_a_batch_and_padded_gives_the_same(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("batch", SHAPES), generator, device)
+    first = {name: tensor.detach()[:1] for name, tensor in inputs.differentiable().items()}
+    alone = smca_attention(**first, spatial_shapes=SHAPES, backend="sdpa")
+    torch.testing.assert_close(alone, run(inputs)[:1], rtol=1e-5, atol=1e-5)
+    padded_shapes = [(height + 3, width + 2) for height, width in SHAPES]
+    padded = {}
+    for name in ("key", "value"):
+        grids = [
+            torch.nn.functional.pad(grid.unflatten(2, shape), (0, 0, 0, 2, 0, 3), value=7.0).flatten(2, 3)
+            for grid, shape in zip(first[name].split([9 * 17, 5 * 8], 2), SHAPES, strict=True)
+        ]
+        padded[name] = torch.cat(grids, 2)
+    out = smca_attention(**(first | padded), spatial_shapes=padded_shapes, valid_shapes=[list(SHAPES)], backend="sdpa")
+    torch.testing.assert_close(out, alone, rtol=1e-5, atol=1e-5)
+
+
+# --- columns alone ---
+
+
+def column_logits(center: Tensor, precision: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Products of the columns [N, height · width], summed one column after the other in float32 as matrix units do."""
+    table = sdpa_columns.key_features((shape,), dtype, center.device)
+    prior = (center.view(1, 1, -1, 1, 2), precision.view(1, 1, -1, 1, 2))
+    queries = sdpa_columns.query_coefficients(*prior, table, table.lowest, table.highest, dtype).flatten(0, 3)
+    assert queries.isfinite().all()
+    total = torch.zeros(len(queries), len(table.columns), device=center.device)
+    for column in range(queries.shape[1]):
+        total += queries[:, column, None].float() * table.columns[:, column].float()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 4e-6), (torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]
+)
+@pytest.mark.parametrize("prior", parity.PRIORS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (13, 21), (50, 84), (100, 134)])
+def test_columns_give_the_prior_to_the_precision_of_the_dtype(
+    shape: tuple[int, int],
+    prior: str,
+    dtype: torch.dtype,
+    limit: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
+    size = torch.tensor([shape[1], shape[0]], dtype=torch.float32)
+    center, precision = (t.to(device) for t in parity.PRIORS[prior]((200, 2), size, generator))
+    actual = column_logits(center, precision, shape, dtype).double().softmax(-1)
+    exact = reference.log_prior(center.double(), precision.double(), *shape).softmax(-1)
+    assert (actual - exact).abs().sum(-1).max() < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_columns_stay_finite_and_find_the_nearest_cell_in_extremes(dtype: torch.dtype, device: torch.device) -> None:
+    places = torch.tensor([-1e5, -300.25, -0.25, 20.25, 66.75, 133.25, 1e5], device=device)
+    center = torch.cartesian_prod(places, places)
+    for p in (1e-8, 1.0, 3e4, 1e6):
+        logits = column_logits(center, torch.full_like(center, p), (100, 134), dtype)
+        assert logits.isfinite().all()
+        if p >= 1.0:
+            nearest = [center[:, a].round().clamp(0, n - 1) for a, n in ((1, 100), (0, 134))]
+            assert torch.equal(logits.argmax(-1), (nearest[0] * 134 + nearest[1]).long())
+
+
+def test_half_precision_features_are_exact_to_the_largest_grid(device: torch.device) -> None:
+    for dtype in HALVES:
+        wide = sdpa_columns.key_features(((511, 3), (2, 511)), torch.float32, device).columns.double()
+        half = sdpa_columns.key_features(((511, 3), (2, 511)), dtype, device).columns.double()
+        units = sdpa_columns.key_features(((511, 3), (2, 511)), dtype, device).units.double()
+        term = half[:, 1:8] * units
+        for axis in range(2):
+            assert torch.equal(term[:, axis] + term[:, 2 + axis], wide[:, 1 + axis])
+            assert torch.equal(term[:, 4 + axis], wide[:, 3 + axis])
+        assert torch.equal(term[:, 6], wide[:, 5])
+
+
+def test_grids_too_large_for_half_precision_coordinates_use_float32() -> None:
+    query = torch.empty(1, dtype=torch.float16, device="meta")
+    assert sdpa._forward_dtype(query, ((511, 2),)) == torch.float16
+    assert sdpa._forward_dtype(query, ((2, 512),)) == torch.float32
+
+
+def test_probabilities_are_never_subnormal_on_a_cpu() -> None:
+    keys, heads = 4200, 8
+    q, grad = torch.zeros(heads, 1, 16), torch.zeros(heads, 1, 16)
+    k, v = torch.zeros(heads, keys, 16), torch.zeros(heads, keys, 16)
+    room = torch.empty(3, heads, 1, keys)
+    room[0] = torch.linspace(0.0, 300.0, keys)  # -logG
+    assert room[0].numel() > sdpa.DENSE_LIMIT
+    sums = sdpa._Sums(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.empty(0))
+    sums.add(room, q, k, v, grad, None, None, (slice(0, heads), slice(0, 1), slice(0, keys), 0))
+    assert (room[0] >= torch.finfo(torch.float32).smallest_normal).all()
+
+
+# --- memory ---
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation's result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, Tensor):
+                # Of what is stored: an expanded tensor is a view.
+                self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        return results
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_saved_for_backward_grows_with_the_keys_and_not_with_queries_times_keys(
+    dtype: str, generator: torch.Generator, device: torch.device
+) -> None:
+    for side in (8, 16, 32):
+        case = Case("saved", ((side, side), (side // 2, side // 2)), queries=200, dtype=dtype)
+        inputs = make_inputs(case, generator, device)
+        given = sum(tensor.nbytes for tensor in inputs.differentiable().values())
+        assert saved_bytes(partial(run, inputs)) <= 2.5 * given
+
+
+def test_no_tensor_of_queries_times_keys_is_made(
+    generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = 2**14
+    monkeypatch.setattr(sdpa, "CPU_BLOCK", block // torch.get_num_threads())
+    monkeypatch.setattr(sdpa, "DEVICE_BLOCK", block)
+    largest = []
+    for side in (16, 32):
+        case = Case("large", ((side, side),), batch=1, heads=1, queries=512, head_dim=16, mask="valid_shapes")
+        inputs = make_inputs(case, generator, device)
+        with LargestTensor() as mode:
+            results(inputs)
+        largest.append(mode.elements)
+        assert mode.elements < 512 * side * side / 2
+    assert largest[1] <= 4 * largest[0]
+
+
+def test_the_same_inputs_give_the_same_bits(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("bits", ((25, 42), (13, 21)), queries=100, mask="valid_shapes"), generator, device)
+    for first, second in zip(results(inputs), results(inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+# --- tracing, autograd ---
+
+
+@pytest.fixture
+def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
+    return make_inputs(Case("small", SHAPES, mask="valid_shapes"), generator, device)
+
+
+def operator_arguments(inputs: Inputs, grad_output: Tensor | None = None) -> tuple[Any, ...]:
+    tensors = [tensor if grad_output is None else tensor.detach() for tensor in inputs.differentiable().values()]
+    first = () if grad_output is None else (grad_output,)
+    return *first, *tensors, inputs.valid_shapes, inputs.key_padding_mask, [9, 17, 5, 8], 0.25
+
+
+def test_the_operators_pass_opcheck(inputs: Inputs) -> None:
+    operators = torch.ops.smca_kernels
+    torch.library.opcheck(operators.sdpa_forward.default, operator_arguments(inputs))
+    torch.library.opcheck(operators.sdpa_backward.default, operator_arguments(inputs, inputs.grad_output))
+
+
+def test_opcheck_passes_without_scale_weights(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("small", SHAPES, scale_weights=False, prior_heads=1), generator, device)
+    tensors = list(inputs.differentiable().values())
+    arguments = (*tensors, None, None, None, [9, 17, 5, 8], 0.25)
+    torch.library.opcheck(torch.ops.smca_kernels.sdpa_forward.default, arguments)
+    detached = [tensor.detach() for tensor in tensors]
+    arguments = (inputs.grad_output, *detached, None, None, None, [9, 17, 5, 8], 0.25)
+    torch.library.opcheck(torch.ops.smca_kernels.sdpa_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dense_limit", [0, 2**20])
+def test_the_operators_return_the_layout_that_compilers_were_promised(
+    dense_limit: int, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdpa, "DENSE_LIMIT", dense_limit)
+    inputs = make_inputs(Case("small", SHAPES, batch=1, heads=2), generator, device)
+    # As projections leave them: heads inside of the sequence.
+    tensors = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in inputs.differentiable().values()]
+    arguments = (*tensors, None, None, [9, 17, 5, 8], 0.25)
+    output = torch.ops.smca_kernels.sdpa_forward(*arguments)
+    gradients = torch.ops.smca_kernels.sdpa_backward(inputs.grad_output, *arguments)
+    assert all(tensor.is_contiguous() for tensor in (output, *gradients))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_double_backward_raises(inputs: Inputs, traced: bool) -> None:
+    out = torch.ops.smca_kernels.sdpa_forward(*operator_arguments(inputs)) if traced else run(inputs)
+    tensors = list(inputs.differentiable().values())
+    for gradient in torch.autograd.grad(out, tensors, inputs.grad_output, create_graph=True):
+        with pytest.raises(RuntimeError, match="'sdpa' has no double backward"):
+            torch.autograd.grad(gradient.sum(), inputs.query)
+
+
+def attend_to_maps(query: Tensor, maps: list[Tensor], prior: list[Tensor], valid: Tensor | None = None) -> Tensor:
+    """Keys and grid sizes from feature maps [B, H, D, height, width], as a detector has them."""
+    key = torch.cat([m.flatten(3) for m in maps], 3).transpose(2, 3)
+    shapes = [(m.shape[3], m.shape[4]) for m in maps]
+    return smca_attention(query, key, key, *prior[:2], shapes, *prior[2:], valid_shapes=valid)
+
+
+def map_arguments(
+    batch: int, shapes: tuple[tuple[int, int], ...], generator: torch.Generator, device: torch.device, masked: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(device).requires_grad_()
+
+    prior = (batch, 3, 20, len(shapes), 2)
+    maps = [leaf(batch, 3, 16, *shape) for shape in shapes]
+    valid = torch.tensor([[[h - 1, w] for h, w in shapes]] * batch, device=device) if masked else None
+    return leaf(batch, 3, 20, 16), maps, [leaf(*prior), leaf(*prior), leaf(*prior[:-1])], valid
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_graph_serves_changing_grids_and_batches(
+    masked: bool, generator: torch.Generator, device: torch.device
+) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend_to_maps, fullgraph=True, dynamic=True, backend=counter)
+    compiled_frames = set()
+    for batch, shapes in ((5, ((9, 13), (6, 7))), (4, ((11, 8), (10, 21))), (7, ((23, 31), (12, 15)))):
+        arguments = map_arguments(batch, shapes, generator, device, masked)
+        leaves = [arguments[0], *arguments[1], *arguments[2]]
+        grad = torch.randn(batch, 3, 20, 16, generator=generator).to(device)
+        outs = [function(*arguments) for function in (compiled, attend_to_maps)]
+        torch.testing.assert_close(*outs)
+        for ours, expected in zip(*(torch.autograd.grad(out, leaves, grad) for out in outs), strict=True):
+            torch.testing.assert_close(ours, expected)
+        compiled_frames.add(counter.frame_count)
+    assert len(compiled_frames) == 1
+
+
+def test_compiled_dropout_runs(inputs: Inputs) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(smca_attention, fullgraph=True, backend="aot_eager")
+    tensors = inputs.differentiable()
+    out = compiled(**tensors, spatial_shapes=SHAPES, valid_shapes=inputs.valid_shapes, dropout_p=0.5, backend="sdpa")
+    for gradient in torch.autograd.grad(out, list(tensors.values()), inputs.grad_output):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_serves_other_grids(strict: bool, generator: torch.Generator, device: torch.device) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, query: Tensor, maps: list[Tensor], prior: list[Tensor]) -> Tensor:
+            return attend_to_maps(query, maps, prior)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    sides = [
+        {3: torch.export.Dim(f"h{s}", min=2, max=200), 4: torch.export.Dim(f"w{s}", min=2, max=200)} for s in (0, 1)
+    ]
+    first = {0: batch}
+    dynamic = (first, [first | side for side in sides], [first] * 3)
+    example = map_arguments(3, ((9, 13), (6, 7)), generator, device, False)[:3]
+    program = torch.export.export(Attend(), example, dynamic_shapes=dynamic, strict=strict).module()
+    other = map_arguments(4, ((20, 11), (10, 6)), generator, device, False)[:3]
+    torch.testing.assert_close(program(*other), attend_to_maps(*other))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(inputs: Inputs, use_reentrant: bool) -> None:
+    tensors = inputs.differentiable()
+
+    def attend(*values: Tensor) -> Tensor:
+        return smca_attention(**dict(zip(tensors, values, strict=True)), spatial_shapes=SHAPES, backend="sdpa")
+
+    gradients = []
+    for call in (attend, lambda *values: checkpoint(attend, *values, use_reentrant=use_reentrant)):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors.values()]
+        call(*leaves).backward(inputs.grad_output)
+        gradients.append([leaf.grad for leaf in leaves])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.usefixtures("always_widened")
+def test_tables_made_in_inference_mode_serve_training(generator: torch.Generator, device: torch.device) -> None:
+    for table in (sdpa_columns.key_features, sdpa._cells, sdpa._axes):
+        table.cache_clear()
+    inputs = make_inputs(Case("small", SHAPES), generator, device)
+    with torch.inference_mode():
+        run(inputs)
+        parity.attend(inputs, "sdpa", dropout_p=0.1)
+    results(inputs)
+    torch.autograd.grad(parity.attend(inputs, "sdpa", dropout_p=0.1).sum(), inputs.center)
+
+
+# --- dropout ---
+
+
+def one_hot_inputs(generator: torch.Generator, device: torch.device, **options: Any) -> Inputs:
+    """One scale, and values that show P: out[..., k] is P[k] after dropout."""
+    case = Case("dropout", ((4, 8),), heads=3, queries=50, head_dim=32, scale_weights=False, **options)
+    inputs = make_inputs(case, generator, device)
+    eye = torch.eye(32, device=device).expand(inputs.value.shape).contiguous().requires_grad_()
+    return dataclasses.replace(inputs, value=eye)
+
+
+def test_dropout_keeps_the_given_share_and_scales_it_up(generator: torch.Generator, device: torch.device) -> None:
+    inputs = one_hot_inputs(generator, device, prior="wide")
+    probabilities = run(inputs)
+    dropped = parity.attend(inputs, "sdpa", dropout_p=0.3)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], probabilities[kept] / 0.7, rtol=1e-4, atol=1e-7)
+    share = kept.float().mean().item()
+    assert abs(share - 0.7) < 5 * math.sqrt(0.7 * 0.3 / kept.numel())
+
+
+def test_dropout_keeps_the_expectation(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("dropout", SHAPES, queries=9), generator, device)
+    with torch.no_grad():
+        mean = torch.stack([parity.attend(inputs, "sdpa", dropout_p=0.2) for _ in range(400)])
+        error = (mean.mean(0) - run(inputs)) / (mean.std(0) / math.sqrt(400) + 1e-6)
+    assert error.square().mean().sqrt() < 1.3
+
+
+def test_the_backward_drops_what_the_forward_dropped(generator: torch.Generator, device: torch.device) -> None:
+    inputs = one_hot_inputs(generator, device)
+    torch.manual_seed(3)
+    mask = (parity.attend(inputs, "sdpa", dropout_p=0.4) != 0).detach()
+    value = torch.randn(inputs.value.shape, generator=generator).to(device).requires_grad_()
+    inputs = dataclasses.replace(inputs, value=value)
+    torch.manual_seed(3)
+    actual = parity.run_backend(inputs, "sdpa", dropout_p=0.4)
+    probabilities = reference.scale_probabilities(
+        inputs.query, inputs.key, inputs.center[:, :, :, 0], inputs.precision[:, :, :, 0], 4, 8, None, 32**-0.5
+    )
+    out = (probabilities * mask / 0.6) @ value
+    tensors = inputs.differentiable()
+    gradients = torch.autograd.grad(out, list(tensors.values()), inputs.grad_output)
+    for name, expected in zip(("output", *tensors), (out, *gradients), strict=True):
+        torch.testing.assert_close(actual[name], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item(), msg=name)
+
+
+def test_dropout_of_everything_gives_zeros(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("dropout", SHAPES), generator, device)
+    assert not parity.attend(inputs, "sdpa", dropout_p=1.0).any()
+
+
+def test_without_dropout_no_random_number_is_drawn(generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("small", SHAPES), generator, device)
+    state = torch.get_rng_state()
+    run(inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_dropout_gives_the_dtype_of_query(dtype: str, generator: torch.Generator, device: torch.device) -> None:
+    inputs = make_inputs(Case("dropout", SHAPES, dtype=dtype, mask="empty_scale"), generator, device)
+    for name, result in parity.run_backend(inputs, "sdpa", dropout_p=0.2).items():
+        assert result.isfinite().all()
+        assert result.dtype == (inputs.query if name == "output" else getattr(inputs, name)).dtype

@@ -1,0 +1,200 @@
+"""`smca detect`: boxes in pixels of the files, pictures of them, and the attention that the model really used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+pytest.importorskip("torchvision")
+
+from PIL import Image
+
+from smca_kernels.tools import cli
+from smca_model import SMCA, build, detect, weights
+from smca_model.data import normalize
+
+CLASSES = ("one", "two", "three")
+TINY = {"hidden_dim": 32, "num_heads": 2, "decoder_layers": 2, "num_queries": 6, "ffn_dim": 64}
+
+
+def small_detector(image_size: tuple[int, int] = (48, 96)) -> SMCA:
+    model = build("smca-tiny", len(CLASSES), **TINY).eval()
+    model.image_size = image_size
+    return model
+
+
+@pytest.fixture
+def weights_file(tmp_path: Path) -> Path:
+    model = small_detector()
+    weights.save(model, tmp_path / "model.safetensors", CLASSES)
+    return tmp_path / "model.safetensors"
+
+
+def write_image(path: Path, width: int = 64, height: int = 48) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    Image.effect_noise((width, height), 80).convert("RGB").save(path)
+    return path
+
+
+def test_boxes_are_in_pixels_of_the_image_as_given() -> None:
+    model = small_detector()
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    large, small = detect.detect(model, [image.repeat(1, 2, 2), image], threshold=0.0)
+    # One is the other's size doubled, before both are brought to one size; so of equal network inputs.
+    same = detect.detect(model, [torch.nn.functional.interpolate(image[None], scale_factor=2)[0]], threshold=0)
+    again = detect.detect(model, [image], threshold=0)
+    assert same[0]["boxes"].max() > 1.5 * again[0]["boxes"].max()
+    for found, (height, width) in ((large, (80, 120)), (small, (40, 60))):
+        assert len(found["boxes"]) == 18
+        assert (found["scores"].diff() <= 0).all()
+        centers = (found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2
+        assert (centers >= 0).all()
+        assert (centers <= torch.tensor([width, height])).all()
+
+
+def test_nothing_below_the_threshold_is_found() -> None:
+    model = small_detector()
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    (everything,) = detect.detect(model, [image], threshold=0.0)
+    middle = float(everything["scores"].median())
+    (found,) = detect.detect(model, [image], threshold=middle)
+    assert 0 < len(found["scores"]) < len(everything["scores"])
+    assert (found["scores"] >= middle).all()
+
+
+@pytest.mark.parametrize("preset", ["smca-tiny", "smca-ms-tiny", "detr-tiny"])
+def test_the_attention_is_that_of_the_layer(preset: str) -> None:
+    """With the values' projection and the output's known, the map gives what the layer puts out."""
+    model = build(preset, len(CLASSES), backend="reference", **TINY).eval()
+    layer = model.decoder.layers[1].co_attn
+    kept = {}
+    layer.register_forward_hook(lambda _, inputs, output: kept.update(value=inputs[2], output=output[0]))
+    image = torch.randn(3, 48, 64)
+    maps, prior = detect.attention_of(model, image, queries=[4, 0], layer=1)
+    scales = len(model.config.strides)
+    assert [tuple(each.shape[:2]) for each in maps] == [(2, 2)] * scales
+    for each in maps:
+        torch.testing.assert_close(each.sum((-1, -2)), torch.ones(2, 2))
+    value = torch.nn.functional.linear(kept["value"], layer.in_proj_weight[64:], layer.in_proj_bias[64:])
+    value = value[0].unflatten(-1, (2, 16))  # [T, H, D]
+    weight = prior.scale_weights if prior.scale_weights is not None else torch.ones(1, 1, 6, scales)
+    heads = torch.zeros(2, 2, 16)
+    start = 0
+    for s, each in enumerate(maps):
+        cells = each.flatten(2)  # [H, n, cells]
+        part = torch.einsum("hnt,thd->nhd", cells, value[start : start + cells.shape[-1]])
+        heads += weight[0, 0, [4, 0], s, None, None] * part
+        start += cells.shape[-1]
+    torch.testing.assert_close(layer.out_proj(heads.flatten(1)), kept["output"][0, [4, 0]])
+
+
+def test_a_layer_that_is_not_there_is_refused() -> None:
+    model = small_detector()
+    with pytest.raises(ValueError, match="layer must be in -2 … 1, got 2"):
+        detect.attention_of(model, torch.randn(3, 48, 48), queries=[0], layer=2)
+
+
+def test_the_best_queries_are_those_of_the_best_detections() -> None:
+    model = small_detector()
+    image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
+    best = detect.best_queries(model, normalize(image), 2)
+    (found,) = detect.detect(model, [image], threshold=0.0)
+    with torch.no_grad():
+        box = model([normalize(image)])["pred_boxes"][0, best[0]] * 48
+    torch.testing.assert_close(found["boxes"][0], torch.cat((box[:2] - box[2:] / 2, box[:2] + box[2:] / 2)))
+    assert best[0] != best[1]
+
+
+def test_boxes_are_drawn_where_they_are() -> None:
+    image = torch.zeros(3, 40, 50, dtype=torch.uint8)
+    found = {"boxes": torch.tensor([[10.0, 20.0, 30.0, 35.0]]), "labels": torch.tensor([1])}
+    drawn = detect.draw_boxes(image, found | {"scores": torch.tensor([0.9])}, CLASSES)
+    assert drawn.shape == (3, 640, 800)
+    rows, columns = drawn.any(0).nonzero().unbind(1)
+    assert columns.min() == pytest.approx(160, abs=3)
+    assert rows.max() == pytest.approx(560, abs=3)
+    nothing = {name: tensor[:0] for name, tensor in found.items()} | {"scores": torch.zeros(0)}
+    assert not detect.draw_boxes(image, nothing, CLASSES).any()
+
+
+def test_the_command_writes_boxes_pictures_and_the_speed(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    files = [write_image(folder / "b.png"), write_image(folder / "a.jpg", 50, 70)]
+    (folder / "notes.txt").write_text("no image")
+    alone = write_image(tmp_path / "c.png", 20, 90)
+    out = tmp_path / "found"
+    command = ["detect", str(folder), str(alone), "--weights", str(weights_file), "--out", str(out)]
+    assert cli.main([*command, "--threshold", "0", "--batch-size", "2"]) == 0
+    report = json.loads((out / "detections.json").read_text())
+    assert [each["image"] for each in report] == [str(path) for path in (files[1], files[0], alone)]
+    assert [(each["width"], each["height"]) for each in report] == [(50, 70), (64, 48), (20, 90)]
+    assert all(len(each["detections"]) == 18 for each in report)
+    first = report[0]["detections"][0]
+    assert first["class"] in CLASSES
+    assert len(first["box"]) == 4
+    names = ["a_boxes.png", "b_boxes.png", "c_boxes.png", "detections.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert "54 objects" in (told := capsys.readouterr().out)
+    assert "images per second on " in told
+
+
+@pytest.mark.parametrize(("options", "sides"), [([], (48, 72)), (["--size", "40"], (40, 60))])
+def test_images_are_resized_as_the_weights_say_unless_told_otherwise(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], sides: tuple[int, int]
+) -> None:
+    seen = []
+    real = SMCA.forward
+    monkeypatch.setattr(SMCA, "forward", lambda self, images: seen.append(images[0].shape[1:]) or real(self, images))
+    image = write_image(tmp_path / "image.png", 90, 60)
+    command = ["detect", str(image), "--weights", str(weights_file), "--out", str(tmp_path / "found")]
+    assert cli.main([*command, *options]) == 0
+    assert seen == [sides]
+
+
+def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: Path) -> None:
+    image, out = write_image(tmp_path / "image.png"), tmp_path / "found"
+    command = ["detect", str(image), "--weights", str(weights_file), "--out", str(out)]
+    assert cli.main([*command, "--attention", "--queries", "1", "--layer", "0"]) == 0
+    with Image.open(out / "image_attention.png") as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["missing.png"], "images must be files or folders, there is no missing.png"),
+        (["."], "a folder must have images in it"),
+        (["image.png", "--layer", "2"], "--layer must be in -2 … 1, got 2"),
+        (["image.png", "--queries", "6"], "--queries must be in 0 … 5, got"),
+        (["image.png", "--size", "0"], "--size must be at least 1, got 0"),
+        (["image.png", "--size", "96"], "--size must be below --max-size, got 96 and 96"),
+        (["image.png", "--device", "gpux"], "--device must be one of this machine, got gpux"),
+        (["image.png", "other/image.jpg"], "images must differ in name without suffix"),
+        (["text.png"], "image text.png can't be read"),
+        (["image.png", "--out", "text.png"], "--out must be a folder that can be written, got text.png"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(
+    options: list[str],
+    message: str,
+    weights_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    if options != ["."]:
+        write_image(folder / "image.png")
+        write_image(folder / "other" / "image.jpg")
+        (folder / "text.png").write_text("no image")
+    assert cli.main(["detect", *options, "--weights", str(weights_file)]) == 2
+    assert f"smca detect: error: {message}" in capsys.readouterr().err
