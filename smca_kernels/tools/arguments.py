@@ -1,0 +1,54 @@
+"""Checks that commands share, made before any work: files to write, packages to import, the device to run on."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+def check_output_file(option: str, path: Path | None) -> None:
+    """Check that an option's file can be written: not a folder, and in one that exists. None is no file.
+
+    Raises:
+        ValueError: naming the option and the path.
+    """
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"{option} must name a file in an existing folder, got {path}")
+
+
+def check_packages(modules: Iterable[str], extra: str) -> None:
+    """Check that modules can be imported, without importing them.
+
+    Args:
+        modules: names as in an import statement.
+        extra: extras of smca_kernels that install them, e.g. "model" or "model,demo".
+
+    Raises:
+        ValueError: naming the missing distributions and the command that installs them.
+    """
+    missing = [DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"needs {', '.join(missing)}: pip install 'smca_kernels[{extra}]'")
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device of that name, or, if None, the first GPU if there is one and else the CPU.
+
+    Raises:
+        ValueError: for a name that torch doesn't know or a device that is not there.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
+    return device
