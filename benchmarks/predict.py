@@ -18,14 +18,15 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from smca_kernels.files import write_text
+from smca_kernels.tools.arguments import check_output_file
 from smca_kernels.tools.cost.architectures import ARCHITECTURES
 
-from . import limits, report
+from . import limits, report, schedule
 from .workloads import BOTH, FORWARD, WORKLOADS, Workload
 
 CARDS = (70, 80, 90)  # V100, A100, H100
@@ -189,6 +190,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cost", type=Path, metavar="FILE", help="rows of `smca cost --json`; default: compile now")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="JSON of `smca bench` on a GPU")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument(
+        "--schedule", action="store_true",
+        help="instead: how the programs of each kernel fill A100 and H100 at batch sizes 1 to 16, simulated",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --schedule: write its rows there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -199,6 +205,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out must lie in an existing folder, got {args.out}")
+    check_output_file("--json", args.json)
     measured = None if args.measured is None else report.load(args.measured)
     if args.cost is not None:
         try:
@@ -209,7 +216,19 @@ def run(args: argparse.Namespace) -> int:
         from smca_kernels.tools.cost.report import compile_report
 
         head_dims = sorted({workload.head_dim for workload in WORKLOADS.values()})
-        costs = compile_report([(arch, DTYPES[args.dtype], d) for arch in CARDS if arch >= 80 for d in head_dims])
+        combinations = [(arch, DTYPES[args.dtype], d) for arch in CARDS if arch >= 80 for d in head_dims]
+        costs = compile_report(combinations)
+        if args.schedule:
+            costs += compile_report(combinations, module="smca_kernels.tools.cost.plain")
+    if args.schedule:
+        fillings = schedule.fill_cards(costs, DTYPES[args.dtype])
+        text = schedule.markdown(fillings, args.dtype, costs[0]["triton"])
+        if args.json is not None:
+            write_text(args.json, json.dumps([asdict(each) for each in fillings], indent=1) + "\n")
+        print(text)
+        if args.out is not None:
+            write_text(args.out, text)
+        return 0
     fitted = None if measured is None else fit(measured, costs, args.dtype)
     predictions = [
         prediction

@@ -104,7 +104,9 @@ def test_command_writes_a_table_that_says_predicted_in_its_title(
 ) -> None:
     (tmp_path / "cost.json").write_text(json.dumps(COSTS))
     out = tmp_path / "predicted.md"
-    args = argparse.Namespace(dtype="bfloat16", cost=tmp_path / "cost.json", measured=None, out=out)
+    args = argparse.Namespace(
+        dtype="bfloat16", cost=tmp_path / "cost.json", measured=None, out=out, schedule=False, json=None
+    )
     assert predict.run(args) == 0
     text = out.read_text()
     assert text in capsys.readouterr().out
@@ -116,6 +118,8 @@ def test_command_writes_a_table_that_says_predicted_in_its_title(
 
 
 def test_file_that_is_no_cost_report_is_refused(tmp_path: Path) -> None:
-    args = argparse.Namespace(dtype="bfloat16", cost=tmp_path / "none.json", measured=None, out=None)
+    args = argparse.Namespace(
+        dtype="bfloat16", cost=tmp_path / "none.json", measured=None, out=None, schedule=False, json=None
+    )
     with pytest.raises(ValueError, match="can't be read as a cost report"):
         predict.run(args)

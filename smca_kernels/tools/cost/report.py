@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DTYPES = ("fp16", "bf16", "fp32")
 
 SCHEDULE_KEYS = (
-    *("blocks_per_sm", "num_warps", "cycles_per_trip", "elements_per_trip", "elements_per_cycle"),
+    *("blocks_per_sm", "num_warps", "cycles_per_trip", "cycles_alone", "elements_per_trip", "elements_per_cycle"),
     *("elements_per_second", "issue_share", "busy", "scheduled_bound_by", "waits", "start_cycles", "scale_cycles"),
 )
 

@@ -38,6 +38,7 @@ class Schedule:
 
     blocks: int  # resident on an SM
     cycles_per_trip: float  # in which every resident block makes one trip of the loop over tiles
+    cycles_alone: float  # of a trip where one block has the SM to itself
     elements_per_trip: float  # of one block
     start_cycles: float  # of a whole program: all that is outside the loops over scales and tiles
     scale_cycles: float  # of a scale: fill and drain of its pipeline, and what else happens once a scale
@@ -59,6 +60,7 @@ class Schedule:
         return {
             "blocks_per_sm": self.blocks,
             "cycles_per_trip": self.cycles_per_trip,
+            "cycles_alone": self.cycles_alone,
             "elements_per_trip": self.elements_per_trip,
             "elements_per_cycle": self.elements_per_cycle,
             "start_cycles": self.start_cycles,
@@ -91,12 +93,15 @@ def schedule(cost: StaticCost, elements: int) -> Schedule:
     timing = TIMINGS[cost.arch]
     if not cost.bodies:
         path = trace_program(cost.code, (), (), (1,))
-        run = simulate(decode(cost.code, path, timing), timing, blocks, warps, trips=1, warmup=0)
+        ops = decode(cost.code, path, timing)
+        run, single = (simulate(ops, timing, count, warps, trips=1, warmup=0) for count in (blocks, 1))
         waits = tuple(_wait_costs(run, cost.code))
-        return Schedule(blocks, run.cycles, elements, 0.0, 0.0, run.busy, binding_unit(run.busy), waits)
+        return Schedule(blocks, run.cycles, single.cycles, elements, 0.0, 0.0, run.busy, binding_unit(run.busy), waits)
     body, rare = cost.bodies[0], [loop_header(cost.code, each) for each in cost.bodies[1:]]
-    loop = simulate(decode(cost.code, trace_loop(cost.code, body), timing), timing, blocks, warps)
+    ops = decode(cost.code, trace_loop(cost.code, body), timing)
+    loop = simulate(ops, timing, blocks, warps)
     per_trip = loop.cycles_per_trip(blocks * warps)
+    alone = per_trip if blocks == 1 else simulate(ops, timing, 1, warps).cycles_per_trip(warps)
 
     def whole(*trips: int) -> float:
         path = trace_program(cost.code, body, rare, trips)
@@ -110,6 +115,7 @@ def schedule(cost: StaticCost, elements: int) -> Schedule:
     return Schedule(
         blocks=blocks,
         cycles_per_trip=per_trip,
+        cycles_alone=alone,
         elements_per_trip=elements * cost.loop.tiles,
         start_cycles=max(0.0, once - per_scale - PROGRAM_TRIPS * per_trip),
         scale_cycles=per_scale,
