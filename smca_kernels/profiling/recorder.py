@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smca_kernels import attention
+from smca_kernels.autocast import autocast_off
 from smca_kernels.files import replacing
-from smca_kernels.nn.co_attention import _autocast_off
 from smca_kernels.profiling.measure import interleaved_times
 
 FORWARD, BOTH = "forward", "forward + backward"
@@ -297,7 +297,7 @@ class _Call:
         device = self.query.device
         devices = [device] if device.type == "cuda" else []
         with ExitStack() as stack:
-            stack.enter_context(_autocast_off(device.type))
+            stack.enter_context(autocast_off(device.type))
             stack.enter_context(torch.set_grad_enabled(any(self.wanted)))
             stack.enter_context(torch.random.fork_rng(devices))
             if device.type == "cuda":

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchvision.models import ResNet
 
-    from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention, SpatialPriorOutput
+    from smca_kernels.nn import SpatiallyModulatedCoAttention, SpatialPriorOutput
     from smca_kernels.testing.parity import Inputs
 
 STRIDES = (16, 32, 64)
@@ -224,7 +224,7 @@ def build_layer(device: torch.device) -> SpatiallyModulatedCoAttention:
     """
     import torch
 
-    from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention
+    from smca_kernels.nn import SpatiallyModulatedCoAttention
 
     layer = SpatiallyModulatedCoAttention(EMBED_DIM, HEADS, STRIDES, predicts_center=False, batch_first=True)
     with torch.no_grad():

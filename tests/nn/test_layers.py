@@ -14,15 +14,15 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
-from smca_kernels.nn.co_attention import (
+from smca_kernels.nn import (
     GEOMETRIES,
-    MIN_SQUARED_OBJECT_SCALE,
     MODULATIONS,
     SCALE_TYPES,
     SpatiallyModulatedCoAttention,
     SpatialPrior,
     official_layer_state,
 )
+from smca_kernels.nn.prior import MIN_SQUARED_OBJECT_SCALE
 from smca_kernels.testing.parity import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

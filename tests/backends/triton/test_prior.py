@@ -18,14 +18,8 @@ pytest.importorskip("triton")
 
 from smca_kernels.backends.triton import prior as kernels
 from smca_kernels.backends.triton.launch import Specialization
-from smca_kernels.nn.co_attention import (
-    GEOMETRIES,
-    MIN_SQUARED_OBJECT_SCALE,
-    SCALE_TYPES,
-    SpatiallyModulatedCoAttention,
-    SpatialPrior,
-    SpatialPriorOutput,
-)
+from smca_kernels.nn import GEOMETRIES, SCALE_TYPES, SpatiallyModulatedCoAttention, SpatialPrior, SpatialPriorOutput
+from smca_kernels.nn.prior import MIN_SQUARED_OBJECT_SCALE
 from smca_kernels.testing.parity import assert_within_budget, poisoned_memory
 from smca_kernels.tools.cost.report import compile_report
 
