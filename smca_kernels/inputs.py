@@ -128,7 +128,7 @@ class AttentionInputs:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments with which `smca_attention` is called for these inputs."""
-        return {field.name: getattr(self, field.name) for field in fields(AttentionInputs)}
+        return {name: getattr(self, name) for name in _ARGUMENTS}
 
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that can have a gradient, by name; without scale_weights where there are none."""
@@ -150,6 +150,9 @@ class AttentionInputs:
             name: tensor.detach().double().requires_grad_() for name, tensor in self.differentiable().items()
         }
         return replace(self, **tensors)
+
+
+_ARGUMENTS = tuple(field.name for field in fields(AttentionInputs))
 
 
 def shapes_of_sides(sides: Sequence[int]) -> SpatialShapes:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from smca_kernels.attention import MASS_TOLERANCES
 from smca_kernels.backends import reference
 from smca_kernels.backends.triton import locality
+from smca_kernels.inputs import MASS_TOLERANCES
 from smca_kernels.testing.budget import Comparison, poisoned_memory
 from smca_kernels.testing.cases import DTYPES, Case, CaseInputs, make_inputs
 from smca_kernels.testing.check import Expectation, attend, run_backend
