@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.attention import MAX_SCALES
+from smca_kernels.inputs import MAX_SCALES
 
 
 def check_shape(name: str, tensor: Any, **axes: int | None) -> None:

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smca_kernels.attention import MAX_HEAD_DIM, attention_map, smca_attention
+from smca_kernels.attention import attention_map, smca_attention
+from smca_kernels.inputs import MAX_HEAD_DIM, ValidShapes
 from smca_kernels.nn.checks import check_floating, check_positive_int, check_probability, check_shape
 from smca_kernels.nn.official import official_layer_options, official_layer_state
-from smca_kernels.nn.prior import SpatialPrior, SpatialPriorOutput, ValidShapes
+from smca_kernels.nn.prior import SpatialPrior, SpatialPriorOutput
 
 
 class SpatiallyModulatedCoAttention(nn.Module):

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smca_kernels.attention import BACKENDS, _grids, _has_triton_tensor_cores, _valid_shapes
 from smca_kernels.autocast import autocast_off
-from smca_kernels.backends.reference import SpatialShapes
+from smca_kernels.backends import BACKENDS, reaches_tensor_cores
+from smca_kernels.inputs import SpatialShapes, ValidShapes, check_spatial_shapes, check_valid_shapes
 from smca_kernels.nn.checks import (
     check_choice,
     check_device_of_features,
@@ -41,8 +41,6 @@ CENTER_MLP_DEPTH = {"paper": 2, "official": 3}
 REFERENCE_STRIDE = 32
 # Eq. 4 divides by s². This floor, σ = 0.06 cells at β = 8, is narrower than any cell and keeps 1/s² finite.
 MIN_SQUARED_OBJECT_SCALE = 1e-3
-
-ValidShapes = Tensor | Sequence[Sequence[Sequence[int]]]  # a tensor [B, S, 2] or a nested list
 
 
 class SpatialPriorOutput(NamedTuple):
@@ -201,7 +199,7 @@ class SpatialPrior(nn.Module):
             check_device_of_features("reference_logits", reference_logits, features)
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-        shapes = _grids(spatial_shapes)
+        shapes = check_spatial_shapes(spatial_shapes)
         if len(shapes) != len(self.strides):
             raise ValueError(
                 f"spatial_shapes must have one (height, width) a stride, strides {self.strides}, got {shapes}"
@@ -294,7 +292,7 @@ class SpatialPrior(nn.Module):
             check_device_of_features("image_sizes", image_sizes, features)
             return image_sizes, None
         if valid_shapes is not None:
-            return None, _valid_shapes(valid_shapes, batch, shapes, features.device)
+            return None, check_valid_shapes(valid_shapes, batch, shapes, features.device)
         if key_padding_mask is not None:
             check_padding_mask(key_padding_mask, batch, sum([height * width for height, width in shapes]), features)
             return None, _unpadded_cells(key_padding_mask, shapes)
@@ -337,7 +335,7 @@ def _fused_prior(backend: str, raw: Sequence[Tensor], image_sizes: Tensor | None
     device = raw[0].device
     if backend in ("sdpa", "reference"):
         return None
-    if backend == "auto" and not (device.type == "cuda" and _has_triton_tensor_cores(device)):
+    if backend == "auto" and not (device.type == "cuda" and reaches_tensor_cores(device)):
         return None
     try:
         from smca_kernels.backends.triton import prior  # Triton is imported only where it is wanted

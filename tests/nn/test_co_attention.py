@@ -28,7 +28,7 @@ from small_layers import (
 from torch import Tensor, nn
 
 from smca_kernels.nn import GEOMETRIES, MODULATIONS, SCALE_TYPES, SpatiallyModulatedCoAttention
-from smca_kernels.testing.parity import assert_within_budget
+from smca_kernels.testing.budget import assert_within_budget
 
 OPTIONS = list(itertools.product(GEOMETRIES, MODULATIONS, SCALE_TYPES))
 

@@ -20,7 +20,7 @@ from smca_kernels.backends.triton import prior as kernels
 from smca_kernels.backends.triton.launch import Specialization
 from smca_kernels.nn import GEOMETRIES, SCALE_TYPES, SpatiallyModulatedCoAttention, SpatialPrior, SpatialPriorOutput
 from smca_kernels.nn.prior import MIN_SQUARED_OBJECT_SCALE
-from smca_kernels.testing.parity import assert_within_budget, poisoned_memory
+from smca_kernels.testing.budget import assert_within_budget, poisoned_memory
 from smca_kernels.tools.cost.report import compile_report
 
 ON_GPU = torch.cuda.is_available()
