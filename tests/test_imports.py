@@ -83,7 +83,7 @@ def upward_names(modules: dict[str, Module]) -> list[str]:
     found = []
     for module in modules.values():
         height = layer_of(module.name)
-        for line, target in imports_of(module, modules):
+        for line, target in dict.fromkeys(imports_of(module, modules)):  # without repetition
             if layer_of(target) > height:
                 found.append(f"{module.path}:{line} imports {target}")
         for line, value in strings_of(module):
