@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from smca_kernels.tools.cost.report import ARCHITECTURES, EX2_LANES, Architecture
+from smca_kernels.tools.cost.architectures import ARCHITECTURES, EX2_LANES, Architecture
 
 from .workloads import BOTH, FORWARD
 

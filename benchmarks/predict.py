@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.cost.report import ARCHITECTURES
+from smca_kernels.tools.cost.architectures import ARCHITECTURES
 
 from . import limits, report
 from .workloads import BOTH, FORWARD, WORKLOADS, Workload

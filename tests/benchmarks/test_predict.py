@@ -11,7 +11,7 @@ import pytest
 from smca_benchmarks import predict
 from smca_benchmarks.workloads import BOTH, FORWARD, WORKLOADS, Workload
 
-from smca_kernels.tools.cost.report import ARCHITECTURES
+from smca_kernels.tools.cost.architectures import ARCHITECTURES
 
 H100 = ARCHITECTURES[90]
 TWO_TILES = Workload("two tiles", 2, ((8, 20),), queries=65, heads=3)  # 8×16 and 8×4 cells; 64 queries and one

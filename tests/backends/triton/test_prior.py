@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from smca_kernels.backends.triton import prior as kernels
-from smca_kernels.backends.triton.launch import Specialization
 from smca_kernels.nn import GEOMETRIES, SCALE_TYPES, SpatiallyModulatedCoAttention, SpatialPrior, SpatialPriorOutput
 from smca_kernels.nn.prior import MIN_SQUARED_OBJECT_SCALE
 from smca_kernels.testing.budget import assert_within_budget, poisoned_memory
 from smca_kernels.tools.cost.report import compile_report
+from smca_kernels.tools.cost.specializations import Specialization
 
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
