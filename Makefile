@@ -24,7 +24,7 @@ lint: $(READY)
 
 # Warnings are errors: a link to a page, a heading or a name that is not there fails.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.docs: $(READY)
 	$(BIN)/python -m pip install -e ".[docs]" -c constraints.txt
