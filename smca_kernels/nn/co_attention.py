@@ -16,17 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smca_kernels.attention import (
-    BACKENDS,
-    MAX_HEAD_DIM,
-    MAX_SCALES,
-    _grids,
-    _has_triton_tensor_cores,
-    _valid_shapes,
-    attention_map,
-    smca_attention,
-)
-from smca_kernels.backends.reference import SpatialShapes
+from smca_kernels.attention import attention_map, smca_attention
+from smca_kernels.backends import BACKENDS
+from smca_kernels.backends import reaches_tensor_cores as _has_triton_tensor_cores
+from smca_kernels.inputs import MAX_HEAD_DIM, MAX_SCALES, SpatialShapes
+from smca_kernels.inputs import check_spatial_shapes as _grids
+from smca_kernels.inputs import check_valid_shapes as _valid_shapes
 
 GEOMETRIES = ("official", "paper")
 MODULATIONS = ("per_head", "shared", "none")

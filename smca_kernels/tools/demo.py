@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torchvision.models import ResNet
 
     from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention, SpatialPriorOutput
-    from smca_kernels.testing.parity import Inputs
+    from smca_kernels.testing.cases import CaseInputs
 
 STRIDES = (16, 32, 64)
 EMBED_DIM, HEADS = 256, 8
@@ -241,11 +241,11 @@ def call_layer(layer: SpatiallyModulatedCoAttention, scene: Scene, backend: str)
     return layer(scene.queries, tokens, tokens, scene.spatial_shapes, **scene.geometry(), backend=backend)[0]
 
 
-def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Inputs:
+def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> CaseInputs:
     """What the layer hands to the operator, as leaves, and a random upstream gradient."""
     import torch
 
-    from smca_kernels.testing.parity import Inputs
+    from smca_kernels.testing.cases import CaseInputs
 
     prior = scene.prior(layer)
     assert prior.scale_weights is not None
@@ -260,7 +260,7 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Input
             )
         ]
     query, key, value = (tensor.detach().requires_grad_() for tensor in projected)
-    return Inputs(
+    return CaseInputs(
         query=query,
         key=key,
         value=value,
@@ -278,11 +278,14 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Input
 # ------------------------------------------------------------------------------------------- parity and table
 
 
-def check_parity(layer: SpatiallyModulatedCoAttention, scene: Scene, inputs: Inputs, backend: str) -> tuple[str, bool]:
+def check_parity(
+    layer: SpatiallyModulatedCoAttention, scene: Scene, inputs: CaseInputs, backend: str
+) -> tuple[str, bool]:
     """A line that compares a backend with float64 PyTorch on the photographs, and whether it passed."""
     import torch
 
-    from smca_kernels.testing.parity import compare, compare_results, run_backend
+    from smca_kernels.testing.budget import compare
+    from smca_kernels.testing.check import compare_results, run_backend
 
     comparisons = compare_results(run_backend(inputs, backend), inputs)
     with torch.no_grad():

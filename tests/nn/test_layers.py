@@ -23,7 +23,7 @@ from smca_kernels.nn.co_attention import (
     SpatialPrior,
     official_layer_state,
 )
-from smca_kernels.testing.parity import assert_within_budget
+from smca_kernels.testing.budget import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = list(itertools.product(GEOMETRIES, MODULATIONS, SCALE_TYPES))

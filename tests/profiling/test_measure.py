@@ -7,7 +7,7 @@ import time
 import torch
 
 from smca_kernels.profiling import measure as profiling
-from smca_kernels.testing.parity import Case, make_inputs
+from smca_kernels.testing.cases import Case, make_inputs
 
 CPU = torch.device("cpu")
 

@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smca_kernels.backends.reference import SpatialShapes
 from smca_kernels.backends.triton.launch import device_of, last_axis_contiguous, packed_grids
 from smca_kernels.backends.triton.operator import DTYPES
 from smca_kernels.backends.triton.tiles import INTERPRETED, grid_of_scale
+from smca_kernels.inputs import SpatialShapes, shapes_of_sides
 
 # Nothing that changes with the sizes of a batch may start a compilation. What a module is made with may.
 UNSPECIALIZED = [
@@ -229,7 +229,7 @@ def launch(kernel: Any, inputs: Sequence[Any], others: Sequence[Tensor | None]) 
     compile_time = constants(axes, strides, factors, floor, heads)
     with device_of(raw[0]):
         kernel[(-(-batch * queries // compile_time["BLOCK_N"]),)](
-            *raw, *sizes, *others, *outer, batch * queries, queries, *packed_grids(spatial_shapes),
+            *raw, *sizes, *others, *outer, batch * queries, queries, *packed_grids(shapes_of_sides(spatial_shapes)),
             **compile_time, enable_fp_fusion=True,
         )  # fmt: skip
 

@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from smca_kernels.backends import reference
-from smca_kernels.testing.parity import (
-    CASES,
-    DTYPES,
-    Case,
-    Inputs,
-    absolute_sums,
-    assert_within_budget,
-    attend,
-    make_inputs,
-    poisoned_memory,
-)
+from smca_kernels.testing.budget import assert_within_budget, poisoned_memory
+from smca_kernels.testing.cases import CASES, DTYPES, Case, CaseInputs, make_inputs
+from smca_kernels.testing.check import absolute_sums, attend
 
 pytest.importorskip("triton")
 
@@ -39,7 +31,7 @@ def unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 0)
 
 
-def forward(inputs: Inputs, **changes: Any) -> Tensor:
+def forward(inputs: CaseInputs, **changes: Any) -> Tensor:
     """The kernel's output into memory that held NaN."""
     inputs = dataclasses.replace(inputs, **changes)
     with torch.no_grad(), poisoned_memory():
@@ -47,9 +39,9 @@ def forward(inputs: Inputs, **changes: Any) -> Tensor:
 
 
 @torch.no_grad()
-def assert_output_within_budget(actual: Tensor, inputs: Inputs) -> None:
+def assert_output_within_budget(actual: Tensor, inputs: CaseInputs) -> None:
     wide = inputs.double()
-    oracle, eager = (reference.attention(*i.backend_arguments()) for i in (wide, inputs))
+    oracle, eager = (reference.attention(i) for i in (wide, inputs))
     assert_within_budget(actual, oracle, eager, "output", absolute_sum=absolute_sums(wide)["output"][0])
 
 
@@ -130,7 +122,7 @@ def test_valid_shapes_beyond_the_grid_act_as_clamped(device: torch.device, gener
     def output(valid_shapes: list[list[list[int]]]) -> Tensor:
         arguments = dataclasses.replace(inputs, valid_shapes=torch.tensor(valid_shapes, device=device))
         with torch.no_grad(), poisoned_memory():
-            return operator.attention(*arguments.backend_arguments())
+            return operator.attention(arguments)
 
     assert torch.equal(output([[[6, 70]], [[-1, 4]]]), output([[[5, 9]], [[0, 4]]]))
 

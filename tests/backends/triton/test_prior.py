@@ -26,7 +26,7 @@ from smca_kernels.nn.co_attention import (
     SpatialPrior,
     SpatialPriorOutput,
 )
-from smca_kernels.testing.parity import assert_within_budget, poisoned_memory
+from smca_kernels.testing.budget import assert_within_budget, poisoned_memory
 from smca_kernels.tools.cost.report import compile_report
 
 ON_GPU = torch.cuda.is_available()
