@@ -108,9 +108,9 @@ picture=()
 "$PYTHON" -c "import matplotlib" 2>/dev/null && picture=(--picture "$OUT/profile.png")
 smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --trace "$OUT/trace.json" "${picture[@]}"
 summarise
-if "$PYTHON" -c "import torchvision" 2>/dev/null; then
+if "$PYTHON" -c "import scipy, torchvision" 2>/dev/null; then
     smca bench-model 120 bench-model --quick --json "$OUT/bench-model.json"
 else
-    missing bench-model torchvision
+    missing bench-model "scipy or torchvision"
 fi
 summarise

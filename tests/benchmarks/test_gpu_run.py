@@ -55,6 +55,18 @@ def test_gpu_run_passes_when_every_step_does(tmp_path: Path) -> None:
     assert {step["status"] for step in summary["steps"]} == {"passed"}
 
 
+def test_gpu_run_makes_smca_benchmarks_importable_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    python, temporary = tmp_path / "python", tmp_path / "temporary"
+    python.write_text('#!/bin/sh\nIFS=:\nfor folder in $PYTHONPATH; do ls -d "$folder"/smca_benchmarks/*.py; done\n')
+    python.chmod(0o755)
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHON": str(python), "TMPDIR": str(temporary)}
+    subprocess.run([SCRIPT, tmp_path / "out"], env=environment, capture_output=True, timeout=60)
+    assert f"{temporary}/" in (tmp_path / "out/env.log").read_text()
+    assert "/smca_benchmarks/sanitize.py" in (tmp_path / "out/env.log").read_text()
+    assert list(temporary.iterdir()) == []
+
+
 def test_gpu_run_fits_into_ten_minutes() -> None:
     """Sum of its steps' limits; those between `&` and `wait` run side by side."""
     total, together = 0, [0]
