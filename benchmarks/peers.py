@@ -1,11 +1,11 @@
-"""What the operator is compared with, each as those who know it best would set it up.
+"""Rivals of the operator, each set up as those who know it best would do it.
 
 All compute spatially modulated co-attention over every scale, with scale weights, and give gradients to all six inputs;
-only those marked `same=False` compute something else, and stand there for context.
+only those marked `same=False` compute another function, and are there for context.
 
-`wide_*` use that the prior is a dot product, -p (x - c)² = -p x² + 2 p c · x + a constant of the row, which softmax
-ignores: four columns more for queries and keys. In half precision these columns are rounded, and the logits are then
-off by whole units where the prior is steep: `logit_error` tells by how much.
+`wide` uses that the prior is a dot product, -p (x - c)² = -p x² + 2 p c · x + a constant of the row, which softmax
+ignores: four more columns for queries and keys. Half precision rounds these columns, and the logits are then off by
+whole units where the prior is steep, which `logit_error` measures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smca_kernels.backends import reference
 from smca_kernels.testing.parity import Inputs
 
 HALF = (torch.float16, torch.bfloat16)
-POINTS = 4  # that deformable attention samples, per head and scale
+POINTS = 4  # sampled by deformable attention, per head and scale
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Peer:
     """One way to compute the attention, or something near it.
 
     Attributes:
-        name: what tables and plots call it.
-        what: how it is set up, in a line.
+        name: its name in tables and plots.
+        what: its setup, in a line.
         attend: the whole forward, output [B, H, N, D].
-        prepare: the part of `attend` before the attention proper, which is counted and also shown apart.
-        unsupported: why it can't run on these inputs with or without gradients, or None.
+        prepare: the part of `attend` before the attention proper, which is measured in it and also separately.
+        unsupported: the reason why it can't run on these inputs, with or without gradients, or None.
         logit_error: largest absolute error of a logit, where inputs are rounded.
         ours: whether it is a backend of this library.
         same: whether it computes spatially modulated co-attention.
@@ -58,7 +58,7 @@ class Peer:
 
 
 def softmax_scale(inputs: Inputs) -> float:
-    """`scale`, or its default."""
+    """Softmax factor of the inputs, or its default."""
     return inputs.query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
 
 
@@ -89,7 +89,7 @@ def ours(inputs: Inputs, **options: Any) -> Tensor:
 
 
 def ours_unsupported(inputs: Inputs, with_gradients: bool, **options: Any) -> str | None:
-    """Why it can't be timed on these inputs, or need not be."""
+    """Reason why a backend can't be timed on these inputs, or need not be, or None."""
     if options["backend"] == "triton" and inputs.query.device.type == "cpu":
         return "its kernels are compiled for GPUs; Triton's interpreter only checks them here (`smca parity`)"
     try:
@@ -116,7 +116,7 @@ def naive(inputs: Inputs) -> Tensor:
     return reference.attention(*inputs.backend_arguments())
 
 
-# Whole forwards for the shapes at hand: what a compiler knows it can use.
+# Static shapes and one graph for the whole forward: the compiler may use everything that it knows.
 compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
@@ -125,7 +125,7 @@ compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 @lru_cache(maxsize=64)
 def _coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Column and row of every cell; a model keeps such tables."""
+    """Column and row of every cell, cached as a model would do it."""
     return reference.cell_coordinates(height, width, like=torch.empty(0, dtype=dtype, device=device))
 
 
@@ -147,7 +147,7 @@ def masks(inputs: Inputs) -> list[Tensor]:
 
 
 def sdpa_mask(inputs: Inputs) -> Tensor:
-    """SDPA's memory-efficient kernel, the one that takes a mask and gives it a gradient, on the CPU whichever does."""
+    """SDPA's memory-efficient kernel, which takes a mask and gives it a gradient; on the CPU the one that does."""
     query, scale = inputs.query, softmax_scale(inputs)
     calls = zip(_by_scale(inputs.key, inputs), _by_scale(inputs.value, inputs), masks(inputs), strict=True)
     kernels = [SDPBackend.EFFICIENT_ATTENTION] if query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -168,9 +168,9 @@ def _features(height: int, width: int, dtype: torch.dtype, device: torch.device)
 
 
 def wide(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-    """Queries and keys of each scale, widened by the prior's four columns, and one for padding where there is any.
+    """Queries and keys of each scale, widened by the prior's four columns, and by one for padding if there is any.
 
-    Zeros fill up to a multiple of 8 channels, so that rows start at multiples of 16 bytes.
+    Zeros fill the channels up to a multiple of 8, so that rows start at multiples of 16 bytes.
     """
     batch, heads, _, head_dim = inputs.query.shape
     scale, dtype = softmax_scale(inputs), inputs.query.dtype
@@ -193,13 +193,13 @@ def wide(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
 
 
 def _padded_wide(inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The same with values of the same width, as fused kernels want them."""
+    """Queries, keys and values of each scale, all of the same width, as fused kernels want them."""
     pairs = zip(wide(inputs), _by_scale(inputs.value, inputs), strict=True)
     return [(query, key, pad(value, (0, query.shape[-1] - value.shape[-1]))) for (query, key), value in pairs]
 
 
 def sdpa_wide(inputs: Inputs) -> Tensor:
-    """SDPA's flash kernel on widened queries and keys, in float32 the memory-efficient one, on the CPU the CPU's."""
+    """SDPA on widened queries and keys: the flash kernel, or for float32 on a GPU the memory-efficient one."""
     head_dim, scale = inputs.query.shape[-1], softmax_scale(inputs)
     flash = _is_half(inputs) or not inputs.query.is_cuda
     triples = _padded_wide(inputs)
@@ -231,7 +231,7 @@ def _modulation(
     valid: Sequence[Tensor] | None,  # height and width, each [B]
     width: int,
 ) -> Callable[..., Tensor]:
-    """The prior as a score_mod. One tensor per captured value: each has a gradient of its own."""
+    """Express the prior as a score_mod. Each captured value is a tensor with a gradient of its own."""
     c_x, c_y = center
     p_x, p_y = precision
 
@@ -247,7 +247,7 @@ def _modulation(
 
 
 def flex(inputs: Inputs, attention: Callable[..., Any] = flex_attention) -> Tensor:
-    """FlexAttention, a call for each scale; gradients of the captured tensors are summed by atomics."""
+    """FlexAttention, one call for each scale; atomics sum the gradients of the captured tensors."""
     heads, scale = inputs.query.shape[1], softmax_scale(inputs)
 
     def captured(prior: Tensor) -> list[Tensor]:
@@ -265,7 +265,7 @@ def flex(inputs: Inputs, attention: Callable[..., Any] = flex_attention) -> Tens
 def flex_wide(
     inputs: Inputs, pairs: Sequence[tuple[Tensor, Tensor]], attention: Callable[..., Any] = flex_attention
 ) -> Tensor:
-    """FlexAttention on widened queries and keys; it lets values keep their own width."""
+    """FlexAttention on widened queries and keys; values keep their own width."""
     triples = zip(pairs, _by_scale(inputs.value, inputs), strict=True)
     scale = softmax_scale(inputs)
     return _combined([attention(query, key, value, scale=scale) for (query, key), value in triples], inputs)
@@ -275,13 +275,13 @@ _compiled_flex, _compiled_flex_wide, _compiled_attention = compiled(flex), compi
 
 
 def flex_compiled(inputs: Inputs) -> Tensor:
-    """`flex` as a whole, or call by call on a CPU, whose FlexAttention can't be fused with what is around it."""
+    """`flex`, compiled as a whole on a GPU; on a CPU call by call, as FlexAttention can't be fused with other code."""
     out: Tensor = _compiled_flex(inputs) if inputs.query.is_cuda else flex(inputs, _compiled_attention)
     return out
 
 
 def flex_wide_compiled(inputs: Inputs) -> Tensor:
-    """`flex_wide` likewise, after what widens queries and keys, which uses tables that a compiler would make anew."""
+    """`flex_wide`, compiled likewise, but for the widening: compiled code would rebuild its cached tables."""
     pairs = wide(inputs)
     out: Tensor
     out = _compiled_flex_wide(inputs, pairs) if inputs.query.is_cuda else flex_wide(inputs, pairs, _compiled_attention)
@@ -289,7 +289,7 @@ def flex_wide_compiled(inputs: Inputs) -> Tensor:
 
 
 def flex_unsupported(inputs: Inputs, with_gradients: bool) -> str | None:
-    """FlexAttention has no backward on a CPU."""
+    """Reason why FlexAttention can't run: it has no backward on a CPU."""
     if with_gradients and inputs.query.device.type == "cpu":
         return "FlexAttention has no backward on a CPU"
     return None
@@ -299,7 +299,7 @@ def flex_unsupported(inputs: Inputs, with_gradients: bool) -> str | None:
 
 
 def plain_sdpa(inputs: Inputs) -> Tensor:
-    """Attention to all keys of all scales in one softmax, without any prior: what DETR itself would pay."""
+    """Attention to all keys of all scales in one softmax, without any prior, as in DETR itself."""
     query, keys = inputs.query, inputs.key.shape[2]
     mask, kernel = None, SDPBackend.FLASH_ATTENTION
     if inputs.valid_shapes is not None:
@@ -313,9 +313,9 @@ def plain_sdpa(inputs: Inputs) -> Tensor:
 
 
 def deformable(inputs: Inputs) -> Tensor:
-    """Deformable DETR's attention in plain PyTorch: 4 points a head and scale, around the centre, by grid_sample.
+    """Deformable DETR's attention in plain PyTorch: 4 points per head and scale, around the centre, by grid_sample.
 
-    Queries and keys play no part: offsets and weights of the points would be predicted from queries outside.
+    Queries and keys are unused: a model predicts offsets and weights of the points from queries outside.
     """
     batch, heads, queries, head_dim = inputs.query.shape
     angles = torch.arange(POINTS, device=inputs.query.device) * (2 * math.pi / POINTS)

@@ -1,4 +1,4 @@
-"""What the operator is benchmarked against: that it computes the same, and that what doesn't is known not to."""
+"""Rivals of the operator: those that compute the same function, to the budget, and those known not to."""
 
 from __future__ import annotations
 

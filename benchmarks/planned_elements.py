@@ -1,7 +1,7 @@
-"""How many elements a plan leaves to compute, counted by the kernels' twin in PyTorch: no GPU is needed.
+"""Elements that a plan leaves to compute, counted by the kernels' twin in PyTorch: no GPU is needed.
 
-Rows of the measure "computed" are millions of pairs of a query and a key, as the kernels' configurations for sm_90 have
-blocks and tiles: with the default mass_tolerance under "triton", with 0 under "triton-all".
+Rows of the measure "computed" are millions of pairs of a query and a key, for the blocks and tiles of the kernels'
+configurations on sm_90: with the default mass_tolerance under "triton", with 0 under "triton-all".
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 
 from smca_kernels.attention import MASS_TOLERANCES
 
+from .cases import SEED
 from .records import Row
-from .subject import SEED
 from .workloads import DTYPES, FORWARD, MEASURES, Workload
 
 ARCHITECTURE = 90
 
 
-def counted_rows(workloads: Sequence[Workload]) -> Iterator[Row]:
-    """Of workloads without padding, in every dtype; none where Triton isn't installed."""
+def planned_rows(workloads: Sequence[Workload]) -> Iterator[Row]:
+    """Rows of workloads without padding, in every dtype; none where Triton isn't installed."""
     if importlib.util.find_spec("triton") is None:
         return
     from smca_kernels.backends.triton import launch, locality

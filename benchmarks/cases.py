@@ -1,7 +1,7 @@
-"""What `smca bench` looks at in one go: a workload in one dtype on one device, with its peers, and calls of these.
+"""Cases of `smca bench`: a workload in one dtype on one device with its peers, and the calls that are measured.
 
-`make_call` gives a peer's forward, or its forward and backward, ready to be called; it belongs inside `grad_mode` of
-the same step. The sizes of inputs and outputs are those that memory is compared with.
+`make_call` gives a peer's forward, or its forward and backward, ready to be called; call it inside `grad_mode` of the
+same step. Measured memory is compared with the sizes of inputs and outputs, which the last three functions give.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smca_kernels.testing.parity import Inputs
 
-from .records import Left, Row
+from .records import Row, Skipped
 from .workloads import FORWARD, MEASURES, Workload
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkCase:
     """A workload in one dtype on one device, and its peers."""
 
     workload: Workload
@@ -42,7 +42,7 @@ class Subject:
         return self.workload.inputs(self.dtype, seed, self.device)
 
     def row(self, measure: str, step: str, peer: str, values: Sequence[float]) -> Row:
-        """A row of values in the measure's unit."""
+        """Median and quantiles of values, in the measure's unit."""
         cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else None
         return Row(
             measure=measure,
@@ -57,36 +57,37 @@ class Subject:
             repeats=len(values),
         )
 
-    def left(self, peer: str, step: str, reason: str) -> Left:
-        return Left(self.workload.name, self.dtype, peer, step, reason)
+    def skipped(self, peer: str, step: str, reason: str) -> Skipped:
+        """Record that a peer, or with "" the whole workload, was not measured."""
+        return Skipped(self.workload.name, self.dtype, peer, step, reason)
 
 
 def without_gradients(inputs: Inputs) -> Inputs:
-    """The same values, of which none requires a gradient."""
+    """Detached inputs of the same values."""
     tensors: dict[str, Any] = {name: tensor.detach() for name, tensor in inputs.differentiable().items()}
     return dataclasses.replace(inputs, **tensors)
 
 
 def make_call(peer: Peer, step: str, inputs: Inputs) -> Callable[[], Any]:
-    """A peer's forward, or its forward and backward, on inputs, ready to be called."""
+    """Prepare a call of a peer's forward, or of its forward and backward, on these inputs."""
     if step == FORWARD:
         return partial(peer.attend, without_gradients(inputs))
     leaves = list(inputs.differentiable().values())
 
     def both() -> tuple[Tensor, ...]:
-        # Those that compute something else don't use all of the inputs.
+        # A peer that computes another function need not use all of the inputs.
         return torch.autograd.grad(peer.attend(inputs), leaves, inputs.grad_output, allow_unused=not peer.same)
 
     return both
 
 
 def grad_mode(step: str) -> torch.set_grad_enabled:
-    """Gradients are recorded in steps that have a backward."""
+    """Context that records gradients if the step has a backward."""
     return torch.set_grad_enabled(step != FORWARD)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call until the device has done it."""
+    """Wall time of one call, until the device has finished it."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
