@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smca_kernels.testing.parity import Comparison, Expectation, Inputs, poisoned_memory
+from smca_kernels.testing.budget import Comparison, poisoned_memory
+from smca_kernels.testing.cases import CaseInputs
+from smca_kernels.testing.check import Expectation
 
 from .cases import BenchmarkCase, grad_mode, make_call, seconds_of, without_gradients
 from .records import Parity, Report, explain
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 MAX_ELEMENTS = {"cpu": 2e6, "cuda": 4e7}  # compared with float64, but at least one head of one image
 
 
-def part_of(inputs: Inputs, image: int, heads: slice) -> Inputs:
-    """Inputs of some heads of one image alone, on which no other image or head has an influence."""
+def part_of(inputs: CaseInputs, image: int, heads: slice) -> CaseInputs:
+    """CaseInputs of some heads of one image alone, on which no other image or head has an influence."""
     tensors: dict[str, Any] = {
         name: tensor[image : image + 1, heads].detach().requires_grad_()
         for name, tensor in inputs.differentiable().items()
@@ -45,14 +47,14 @@ class ParityCheck:
     """Comparison of peers with float64 and eager PyTorch, on some heads of one image of a workload."""
 
     case: BenchmarkCase
-    inputs: Inputs  # all images and heads
+    inputs: CaseInputs  # all images and heads
     image: int
     heads: slice
-    part: Inputs
+    part: CaseInputs
     compare: Callable[[dict[str, Tensor]], list[Comparison]]
 
     @classmethod
-    def of(cls, case: BenchmarkCase, inputs: Inputs) -> ParityCheck:
+    def of(cls, case: BenchmarkCase, inputs: CaseInputs) -> ParityCheck:
         """Choose image and heads at random, and compute what is expected of them."""
         workload = case.workload
         elements = workload.queries * workload.keys
@@ -107,7 +109,7 @@ class Clock:
         return self.spent < self.seconds / 2
 
 
-def admit(case: BenchmarkCase, inputs: Inputs, clock: Clock, report: Report) -> dict[str, list[str]]:
+def admit(case: BenchmarkCase, inputs: CaseInputs, clock: Clock, report: Report) -> dict[str, list[str]]:
     """Choose the peers to measure.
 
     Args:

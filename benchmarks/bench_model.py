@@ -210,7 +210,8 @@ def check_parity(profile: Profile, precision: str) -> list[str]:
     """Check the backend on inputs of the first call's shape; return a line for each tensor over its error budget."""
     import torch
 
-    from smca_kernels.testing.parity import Case, check, make_inputs
+    from smca_kernels.testing.cases import Case, make_inputs
+    from smca_kernels.testing.check import check
 
     call = profile.calls()[0]
     shapes = tuple((row.height, row.width) for row in profile.rows() if row.call == 1)

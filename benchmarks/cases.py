@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smca_kernels.testing.parity import Inputs
+from smca_kernels.testing.cases import CaseInputs
 
 from .records import Row, Skipped
 from .workloads import FORWARD, MEASURES, Workload
@@ -37,7 +37,7 @@ class BenchmarkCase:
     device: torch.device
     peers: Mapping[str, Peer]
 
-    def inputs(self, seed: int = SEED) -> Inputs:
+    def inputs(self, seed: int = SEED) -> CaseInputs:
         """Random inputs that require gradients."""
         return self.workload.inputs(self.dtype, seed, self.device)
 
@@ -62,13 +62,13 @@ class BenchmarkCase:
         return Skipped(self.workload.name, self.dtype, peer, step, reason)
 
 
-def without_gradients(inputs: Inputs) -> Inputs:
+def without_gradients(inputs: CaseInputs) -> CaseInputs:
     """Detached inputs of the same values."""
     tensors: dict[str, Any] = {name: tensor.detach() for name, tensor in inputs.differentiable().items()}
     return dataclasses.replace(inputs, **tensors)
 
 
-def make_call(peer: Peer, step: str, inputs: Inputs) -> Callable[[], Any]:
+def make_call(peer: Peer, step: str, inputs: CaseInputs) -> Callable[[], Any]:
     """Prepare a call of a peer's forward, or of its forward and backward, on these inputs."""
     if step == FORWARD:
         return partial(peer.attend, without_gradients(inputs))
@@ -95,16 +95,16 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def input_bytes(inputs: Inputs) -> int:
+def input_bytes(inputs: CaseInputs) -> int:
     """Bytes of the operator's six tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in inputs.differentiable().values())
 
 
-def output_bytes(inputs: Inputs) -> int:
+def output_bytes(inputs: CaseInputs) -> int:
     """Bytes of the output and the six gradients."""
     return input_bytes(inputs) + inputs.query.numel() * inputs.query.element_size()
 
 
-def per_scale_bytes(inputs: Inputs) -> int:
+def per_scale_bytes(inputs: CaseInputs) -> int:
     """Bytes of an output and a log-sum-exp of every row for every scale, in float32 as the kernels keep them."""
     return 4 * len(inputs.spatial_shapes) * (inputs.query.numel() + inputs.query.shape[:3].numel())

@@ -24,7 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from smca_kernels import explain_backend, smca_attention
 from smca_kernels.profiling import measure as profiling
-from smca_kernels.testing.parity import BACKENDS, Inputs
+from smca_kernels.testing.cases import CaseInputs
+from smca_kernels.tools.parity import BACKENDS
 
 from . import limits
 from .cases import (
@@ -67,8 +68,8 @@ class Effort:
         return max(self.min_repeats, min(self.max_repeats, int(self.seconds / round_seconds)))
 
 
-def rotated_inputs(case: BenchmarkCase) -> list[Inputs]:
-    """Inputs to use in turn, more than any cache holds."""
+def rotated_inputs(case: BenchmarkCase) -> list[CaseInputs]:
+    """CaseInputs to use in turn, more than any cache holds."""
     first = case.inputs()
     count = min(MAX_ROTATED, 1 + int(ROTATED_BYTES // input_bytes(first)))
     return [first, *(case.inputs(SEED + i) for i in range(1, count))]
@@ -80,7 +81,7 @@ def in_turn(calls: Sequence[Callable[[], object]], repeat: int) -> None:
 
 
 def measure_time(
-    case: BenchmarkCase, sets: Sequence[Inputs], admitted: dict[str, list[str]], effort: Effort
+    case: BenchmarkCase, sets: Sequence[CaseInputs], admitted: dict[str, list[str]], effort: Effort
 ) -> Iterator[Row | Skipped]:
     """Rows of time, of its preparation, and of CUDA-graph replays of small workloads."""
     for step, names in admitted.items():
@@ -145,7 +146,7 @@ def captured(calls: Sequence[Callable[[], object]]) -> list[Callable[[], None]]:
     return [graph.replay for graph in graphs]
 
 
-def measure_memory(case: BenchmarkCase, inputs: Inputs, names: Sequence[str]) -> Iterator[Row | Skipped]:
+def measure_memory(case: BenchmarkCase, inputs: CaseInputs, names: Sequence[str]) -> Iterator[Row | Skipped]:
     """Rows of memory saved for backward and at its peak, in MB, and of the sizes that they are compared with."""
     given, outputs = input_bytes(inputs), output_bytes(inputs)
     yield case.row("saved", FORWARD, "inputs", [given / 1e6])

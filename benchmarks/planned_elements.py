@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from smca_kernels.attention import MASS_TOLERANCES
-
 from .cases import SEED
 from .records import Row
 from .workloads import DTYPES, FORWARD, MEASURES, Workload
@@ -30,12 +28,8 @@ def planned_rows(workloads: Sequence[Workload]) -> Iterator[Row]:
         for dtype_name in DTYPES["cuda"]:
             inputs = workload.inputs(dtype_name, SEED, torch.device("cpu"))
             dtype, head_dim = inputs.query.dtype, workload.head_dim
-            plan = locality.plan(
-                inputs.query, inputs.key, inputs.center, inputs.precision, workload.spatial_shapes,
-                scale=head_dim**-0.5, mass_tolerance=MASS_TOLERANCES[dtype],
-                block=launch.configuration("forward", ARCHITECTURE, dtype, head_dim).block_n,
-                tile=launch.planned_tile(ARCHITECTURE, dtype, head_dim),
-            )  # fmt: skip
+            block = launch.configuration("forward", ARCHITECTURE, dtype, head_dim).block_n
+            plan = locality.plan(inputs, block, launch.planned_tile(ARCHITECTURE, dtype, head_dim))
             counts = {"triton": plan.computed().sum().item(), "triton-all": float(workload.elements)}
             for peer, count in counts.items():
                 about = "computed", workload.name, FORWARD, dtype_name, peer, MEASURES["computed"]

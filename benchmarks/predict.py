@@ -77,8 +77,8 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
             programs = images * blocks
             elements = tiles / workload.batch * height * width * block_n
             if cost["kernel"] == "forward":
-                shapes = [side for shape in workload.spatial_shapes for side in shape]
-                splits = launch.splits_of(programs, launch.tiles_of_grids(shapes, height, width), sms)
+                tiles_of_image = launch.tiles_of_grids(workload.spatial_shapes, height, width)
+                splits = launch.splits_of(programs, tiles_of_image, sms)
                 programs, elements = programs * splits, elements / splits
     rounds = -(-programs // sms)
     return rounds * elements * cycles / card.clock_hz

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from smca_kernels.testing.parity import CASES, case_generator, make_inputs, run_backend
+from smca_kernels.testing.cases import CASES, case_generator, make_inputs
+from smca_kernels.testing.check import run_backend
 
 ARITHMETIC = (("float16", 0.0), ("float16", 0.1), ("float32", 0.0))  # dtype, dropout_p
 

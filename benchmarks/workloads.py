@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from smca_kernels.testing.parity import Inputs
+    from smca_kernels.testing.cases import CaseInputs
 
 FORWARD, BOTH = "forward", "forward + backward"
 
@@ -62,11 +62,11 @@ class Workload:
         keys = sum(height * width for image in self.valid_shapes for height, width in image)
         return self.heads * self.queries * keys
 
-    def inputs(self, dtype: str, seed: int, device: torch.device) -> Inputs:
+    def inputs(self, dtype: str, seed: int, device: torch.device) -> CaseInputs:
         """Random inputs that require gradients; the prior beside them in float32, and scale weights."""
         import torch
 
-        from smca_kernels.testing.parity import Case, make_inputs
+        from smca_kernels.testing.cases import Case, make_inputs
 
         case = Case(
             self.name,

@@ -245,6 +245,7 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> CaseI
     """What the layer hands to the operator, as leaves, and a random upstream gradient."""
     import torch
 
+    from smca_kernels.inputs import MASS_TOLERANCES
     from smca_kernels.testing.cases import CaseInputs
 
     prior = scene.prior(layer)
@@ -270,7 +271,9 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> CaseI
         spatial_shapes=scene.spatial_shapes,
         valid_shapes=scene.valid_shapes,
         key_padding_mask=None,
-        scale=None,
+        dropout_p=0.0,
+        scale=query.shape[-1] ** -0.5,
+        mass_tolerance=MASS_TOLERANCES[query.dtype],
         grad_output=torch.randn_like(query),
     )
 

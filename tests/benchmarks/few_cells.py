@@ -13,7 +13,7 @@ from smca_benchmarks.records import Report
 from smca_benchmarks.workloads import Workload
 from torch import Tensor
 
-from smca_kernels.testing.parity import Inputs
+from smca_kernels.testing.cases import CaseInputs
 
 CPU = torch.device("cpu")
 FEW_CELLS = Workload("few cells", 2, ((4, 5), (2, 3)), queries=5, heads=2, head_dim=16)
@@ -29,7 +29,7 @@ def report_of(case: BenchmarkCase) -> Report:
 def wrong_in(name: str) -> Peer:
     """Naive with a gradient, or its output, a thousandth too large."""
 
-    def attend(inputs: Inputs) -> Tensor:
+    def attend(inputs: CaseInputs) -> Tensor:
         if name == "output":
             return peers.naive(inputs) * 1.001
         tensor = getattr(inputs, name)

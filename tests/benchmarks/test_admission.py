@@ -15,7 +15,7 @@ from smca_benchmarks.records import Report
 from smca_benchmarks.workloads import BOTH, FORWARD
 from torch import Tensor
 
-from smca_kernels.testing.parity import Inputs
+from smca_kernels.testing.cases import CaseInputs
 
 
 @pytest.mark.parametrize("name", ["output", "query", "key", "value", "center", "precision", "scale_weights"])
@@ -67,7 +67,7 @@ def test_other_peer_off_parity_is_measured_and_its_error_published(case: Benchma
 
 
 def test_peer_that_fails_says_why_and_the_others_go_on(case: BenchmarkCase) -> None:
-    def fail(inputs: Inputs) -> Tensor:
+    def fail(inputs: CaseInputs) -> Tensor:
         raise RuntimeError("no kernel\nfor this")
 
     names, report = admitted(case, Peer("failing", "", fail))

@@ -86,16 +86,18 @@ def test_nothing_is_measured_where_parity_fails(monkeypatch: pytest.MonkeyPatch)
 
 def test_parity_is_that_of_the_operator_at_the_models_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     from smca_kernels import profile
-    from smca_kernels.testing import parity
+    from smca_kernels.testing import check as checks
+    from smca_kernels.testing.budget import Comparison
+    from smca_kernels.testing.cases import CaseInputs
 
     checked: list[Any] = []
-    real = parity.check
+    real = checks.check
 
-    def check(inputs: parity.Inputs, backend: str) -> list[parity.Comparison]:
+    def check(inputs: CaseInputs, backend: str) -> list[Comparison]:
         checked.append((inputs, backend))
         return real(inputs, backend)
 
-    monkeypatch.setattr(parity, "check", check)
+    monkeypatch.setattr(checks, "check", check)
     case = detector_case()
     with profile(1) as measured:
         case.step(FUSED)
