@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from few_cells import CPU, FEW_CELLS, NAIVE_AND_OURS
+from devices import CPU
+from few_cells import FEW_CELLS, NAIVE_AND_OURS
 from smca_benchmarks.cases import BenchmarkCase
 
 

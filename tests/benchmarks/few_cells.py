@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from smca_benchmarks import bench_attention, peers
 from smca_benchmarks.cases import BenchmarkCase
 from smca_benchmarks.measures import Effort
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from smca_kernels.testing.cases import CaseInputs
 
-CPU = torch.device("cpu")
 FEW_CELLS = Workload("few cells", 2, ((4, 5), (2, 3)), queries=5, heads=2, head_dim=16)
 QUICK = Effort(0.0, 2, 2, 2)
 NAIVE_AND_OURS = {name: PEERS[name] for name in ("naive", "sdpa")}

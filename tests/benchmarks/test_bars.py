@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from few_cells import CPU, FEW_CELLS, NAIVE_AND_OURS, QUICK, report_of
+from devices import CPU
+from few_cells import FEW_CELLS, NAIVE_AND_OURS, QUICK, report_of
 from smca_benchmarks import bench_attention, records
 from smca_benchmarks.bars import BARS, Bar
 from smca_benchmarks.cases import BenchmarkCase

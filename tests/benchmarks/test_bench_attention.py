@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from few_cells import CPU, FEW_CELLS, NAIVE_AND_OURS, QUICK, report_of, wrong_in
+from devices import CPU
+from few_cells import FEW_CELLS, NAIVE_AND_OURS, QUICK, report_of, wrong_in
 from smca_benchmarks import bench_attention, peers
 from smca_benchmarks.admission import Clock
 from smca_benchmarks.bars import Bar

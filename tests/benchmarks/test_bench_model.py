@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import CPU
 
 pytest.importorskip("scipy")
 pytest.importorskip("torchvision")
@@ -21,7 +22,6 @@ from smca_kernels.profiling.recorder import Profile
 from smca_kernels.tools import cli
 from smca_model import presets
 
-CPU = torch.device("cpu")
 REPEATS = Repeats(step=2, image=2, operator=1, search=False)
 
 

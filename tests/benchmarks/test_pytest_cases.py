@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from few_cells import CPU, FEW_CELLS, wrong_in
+from devices import CPU
+from few_cells import FEW_CELLS, wrong_in
 from smca_benchmarks import test_attention as pytest_cases
 from smca_benchmarks.peers import PEERS, Peer
 from smca_benchmarks.workloads import BOTH, FORWARD

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from few_cells import CPU
+from devices import CPU
 from smca_benchmarks.cases import BenchmarkCase
 from smca_benchmarks.workloads import DEFAULT_WORKLOADS, WORKLOADS, Workload
 
