@@ -115,7 +115,7 @@ PRESETS: dict[str, Config] = {
     "smca-ms-tiny": replace(_TINY, strides=(8, 16, 32), encoder="1intra+1multi"),
 }
 
-# What the paper's tables, and DETR's for its own models, print: parameters in millions, multiply-adds in 10⁹.
+# What Tables 1, 3 and 4 of the paper print: parameters in millions, multiply-adds in 10⁹.
 PAPER: dict[str, tuple[float, float | None]] = {
     "detr-r50": (41, 86),
     "detr-dc5-r50": (41, 187),
