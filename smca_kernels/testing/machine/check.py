@@ -116,7 +116,8 @@ def _dropping(inputs: CaseInputs, seed: int) -> Iterator[None]:
 
     torch.manual_seed(seed)
     drop_seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-    kept = dropout_mask(drop_seed, *inputs.query.shape[:3], inputs.key.shape[2], inputs.dropout_p)
+    batch, heads, queries, _ = inputs.query.shape
+    kept = dropout_mask(drop_seed, batch, heads, queries, inputs.key.shape[2], inputs.dropout_p)
     masks = kept.split(inputs.keys_per_scale(), dim=3)
     calls = 0
 
