@@ -36,7 +36,7 @@ setup(
     ],
     packages=[*find_packages(include=["smca_kernels*", "smca_model*"]), "smca_benchmarks"],
     package_dir={"smca_benchmarks": "benchmarks"},  # no top-level package of a name that any project may have
-    package_data={"smca_kernels": ["py.typed"]},
+    package_data={"smca_kernels": ["py.typed"], "smca_model": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
