@@ -18,7 +18,7 @@ from .evaluate import add_model_arguments, load_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smca_kernels.nn.co_attention import SpatialPriorOutput
+    from smca_kernels.nn import SpatialPriorOutput
 
     from .detector import SMCA
 

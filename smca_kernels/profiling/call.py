@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from smca_kernels.autocast import autocast_off
 from smca_kernels.inputs import AttentionInputs
-from smca_kernels.nn.co_attention import _autocast_off
 from smca_kernels.profiling.measure import interleaved_times
 from smca_kernels.profiling.rows import CallRow, Row
 from smca_kernels.profiling.traffic import bytes_moved
@@ -70,7 +70,7 @@ class RecordedCall:
         device = self.inputs.query.device
         devices = [device] if device.type == "cuda" else []
         with ExitStack() as stack:
-            stack.enter_context(_autocast_off(device.type))
+            stack.enter_context(autocast_off(device.type))
             stack.enter_context(torch.set_grad_enabled(bool(self.wanted)))
             stack.enter_context(torch.random.fork_rng(devices))
             if device.type == "cuda":

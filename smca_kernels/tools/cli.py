@@ -22,7 +22,7 @@ COMMANDS = {
     "presets": ("smca_model.presets", "the models of the paper: parameters and GFLOPs"),
     "data": ("smca_model.digits", "make a small data set of real digits"),
     "parity": ("smca_kernels.tools.parity", "check every backend here against PyTorch in float64"),
-    "cost": ("smca_kernels.tools.cost.report", "compile the kernels without a GPU and count their instructions"),
+    "cost": ("smca_kernels.tools.cost.command", "compile the kernels without a GPU and count their instructions"),
     "bench": (
         "smca_benchmarks.bench_attention",
         "time and memory of every backend here and of its rivals",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchvision.models import ResNet
 
-    from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention, SpatialPriorOutput
+    from smca_kernels.nn import SpatiallyModulatedCoAttention, SpatialPriorOutput
     from smca_kernels.testing.cases import CaseInputs
 
 STRIDES = (16, 32, 64)
@@ -224,7 +224,7 @@ def build_layer(device: torch.device) -> SpatiallyModulatedCoAttention:
     """
     import torch
 
-    from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention
+    from smca_kernels.nn import SpatiallyModulatedCoAttention
 
     layer = SpatiallyModulatedCoAttention(EMBED_DIM, HEADS, STRIDES, predicts_center=False, batch_first=True)
     with torch.no_grad():
@@ -245,6 +245,7 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> CaseI
     """What the layer hands to the operator, as leaves, and a random upstream gradient."""
     import torch
 
+    from smca_kernels.inputs import MASS_TOLERANCES
     from smca_kernels.testing.cases import CaseInputs
 
     prior = scene.prior(layer)
@@ -270,7 +271,9 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> CaseI
         spatial_shapes=scene.spatial_shapes,
         valid_shapes=scene.valid_shapes,
         key_padding_mask=None,
-        scale=None,
+        dropout_p=0.0,
+        scale=query.shape[-1] ** -0.5,
+        mass_tolerance=MASS_TOLERANCES[query.dtype],
         grad_output=torch.randn_like(query),
     )
 

@@ -1,4 +1,4 @@
-"""What a GPU could do at best."""
+"""Limits of a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from smca_benchmarks import limits
 from smca_benchmarks.workloads import BOTH, FORWARD
 
-from smca_kernels.tools.cost.report import ARCHITECTURES
+from smca_kernels.tools.cost.architectures import ARCHITECTURES
 
 
 @pytest.mark.parametrize(

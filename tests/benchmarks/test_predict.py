@@ -11,7 +11,7 @@ import pytest
 from smca_benchmarks import predict
 from smca_benchmarks.workloads import BOTH, FORWARD, WORKLOADS, Workload
 
-from smca_kernels.tools.cost.report import ARCHITECTURES
+from smca_kernels.tools.cost.architectures import ARCHITECTURES
 
 H100 = ARCHITECTURES[90]
 TWO_TILES = Workload("two tiles", 2, ((8, 20),), queries=65, heads=3)  # 8×16 and 8×4 cells; 64 queries and one
@@ -78,7 +78,7 @@ def measured_run(share: float, device: str = "cuda") -> dict[str, Any]:
     return {"environment": environment, "rows": rows, **empty}
 
 
-def test_efficiency_of_a_measured_card_scales_the_predictions_and_the_fit_is_told() -> None:
+def test_efficiency_of_a_measured_card_scales_the_predictions_and_the_fit_is_reported() -> None:
     fitted = predict.fit(measured_run(0.5), COSTS, "bfloat16")
     assert fitted.efficiency == pytest.approx({FORWARD: 0.5, BOTH: 0.5})
     predictions = predict.predict(COSTS, WORKLOADS["full-b2"], "bfloat16", 90)

@@ -7,15 +7,15 @@ a new H×W, number of queries or batch size compiles nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.triton import locality
+from smca_kernels.backends.triton import locality, ptxas
 from smca_kernels.backends.triton.backward import PADDED, TERMS, key_major_kernel, prepare_kernel, query_major_kernel
 from smca_kernels.backends.triton.forward import forward_kernel
 from smca_kernels.backends.triton.windows import PATCH_H, PATCH_W, survey_kernel, window_kernel
@@ -172,8 +172,14 @@ def packed_grids(spatial_shapes: SpatialShapes) -> list[int]:
     return grids + [1 << 32 | 1] * (MAX_SCALES - len(grids))
 
 
-def device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextmanager
+def device_of(tensor: Tensor) -> Iterator[None]:
+    """Launch kernels on a tensor's device, compiled by a ptxas that is right on it."""
+    if not tensor.is_cuda:
+        yield
+        return
+    with torch.cuda.device(tensor.device), ptxas.right_compiler(tensor.device):
+        yield
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -407,101 +413,3 @@ def backward(
                 **compile_time,
             )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_center, grad_precision, grad_weights
-
-
-# ------------------------------------------------------------------------------------- offline compilation
-
-
-@dataclass(frozen=True)
-class Specialization:
-    """One kernel as a launch with aligned inputs, scale weights and valid shapes, without dropout, compiles it."""
-
-    kernel: str
-    pass_: str  # of PASSES
-    function: Any  # the JIT function
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attrs: dict[tuple[int], list[list[Any]]]
-    num_warps: int
-    num_stages: int
-    elements_per_iteration: int  # queries × keys of one tile; 0 without a loop over tiles
-    tensor_flops_per_element: int
-    elements_per_program: int = 0  # without such a loop: its queries × the keys of the `full` workload; 0: of a plan
-    rare_loops: int = 0  # loops that only unusual inputs take: the direct path
-
-
-# pass → kernels in the order of their launches. What is planned reads the plan that the first two make.
-BACKWARD_KERNELS = {"prepare": prepare_kernel, "query_major": query_major_kernel, "key_major": key_major_kernel}
-PASSES: dict[str, dict[str, Any]] = {
-    "forward": {"forward": forward_kernel},
-    "backward": BACKWARD_KERNELS,
-    "planned forward": {"survey": survey_kernel, "window": window_kernel, "forward": forward_kernel},
-    "planned backward": BACKWARD_KERNELS,
-}
-TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OF_INPUT_DTYPE = {"query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"} | {
-    "ordered_query",
-    "weighted_grads",
-}
-FP32_TENSORS = {"center", "precision", "scale_weights", "scale_outputs", "lse", "partial_outputs", "partial_lse"} | {
-    "norms",
-    "terms",
-    "grad_center",
-    "grad_precision",
-    "grad_weights",
-}
-FLOAT_SCALARS = {"scale", "log_tolerance", "log2_scale", "inverse_scale", "precision_limit", "dropout_scale", "keep_p"}
-ABSENT = ("key_padding_mask", "seed", "partial_outputs", "partial_lse", "arrivals")
-FULL_WORKLOAD_KEYS = 50 * 84 + 25 * 42 + 13 * 21
-
-
-def _argument_type(name: str, dtype: str) -> str:
-    if name in OF_INPUT_DTYPE:
-        return f"*{dtype}"
-    if name == "valid_shapes":
-        return "*i64"
-    if name in ("plan", "arrivals"):
-        return "*i32"
-    if name in FLOAT_SCALARS:
-        return "fp32"
-    if name[0] == "g" and name[1:].isdigit():
-        return "i64"
-    return "*fp32" if name in FP32_TENSORS else "i32"
-
-
-def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization]:
-    """What offline compilation builds for an architecture (80 is sm_80), "fp16", "bf16" or "fp32" and head_dim."""
-    kernels = [(pass_, name, kernel) for pass_, of_pass in PASSES.items() for name, kernel in of_pass.items()]
-    return [_specialization(arch, dtype, head_dim, *each) for each in kernels]
-
-
-def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str, function: Any) -> Specialization:
-    torch_dtype = TORCH_DTYPES[dtype]
-    chosen = configuration(name, arch, torch_dtype, head_dim)
-    planned = pass_.startswith("planned")
-    absent = ABSENT if planned else (*ABSENT, "plan")
-    constexprs = constants(name, chosen, arch, torch_dtype, head_dim, unit=8)
-    constexprs |= {argument: None for argument in absent if argument in function.arg_names}
-    signature = {
-        argument: "constexpr" if argument in constexprs else _argument_type(argument, dtype)
-        for argument in function.arg_names
-    }
-    flops = {"forward": 4 * head_dim + 48, "query_major": 6 * head_dim + 64, "key_major": 8 * head_dim + 32}
-    return Specialization(
-        kernel=f"planned {name}" if planned and name in (*TILED, "prepare") else name,
-        pass_=pass_,
-        function=function,
-        signature=signature,
-        constexprs=constexprs,
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, argument in enumerate(function.arg_names)
-            if signature[argument].startswith("*")
-        },
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-        elements_per_iteration=chosen.block_n * chosen.tile_h * chosen.tile_w if name in TILED else 0,
-        tensor_flops_per_element=flops.get(name, 0),
-        elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "prepare" else 0,
-        rare_loops=int(name in TILED and torch_dtype != torch.float32),
-    )

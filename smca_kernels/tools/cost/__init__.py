@@ -1,1 +1,1 @@
-"""`smca cost`: what the compiled kernels cost, without a GPU."""
+"""`smca cost`: the cost of the compiled kernels, without a GPU."""

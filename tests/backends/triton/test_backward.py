@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import ON_GPU
 from torch import Tensor
 
 from smca_kernels.profiling.measure import saved_bytes
@@ -17,7 +18,6 @@ from smca_kernels.testing.check import attend, compare_results, run_backend, run
 
 pytest.importorskip("triton")
 
-ON_GPU = torch.cuda.is_available()
 SERVED = [case for case in CASES if (case.scale is None or case.scale > 0) and (ON_GPU or not case.large)]
 # Through the interpreter, the cases that are not quick take turns with the dtypes.
 SWEEP = [
@@ -26,14 +26,6 @@ SWEEP = [
     for j, dtype in enumerate(DTYPES)
     if ON_GPU or case.quick or i % len(DTYPES) == j
 ]
-
-
-@pytest.fixture
-def unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many programs share a block of queries depends on batch and grids, and their sums round differently."""
-    from smca_kernels.backends.triton import launch
-
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 0)
 
 
 def output_and_gradients(inputs: CaseInputs) -> dict[str, Tensor]:

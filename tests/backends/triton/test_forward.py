@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import ON_GPU
 from torch import Tensor
 
 from smca_kernels.backends import reference
@@ -17,18 +18,9 @@ from smca_kernels.testing.check import absolute_sums, attend
 
 pytest.importorskip("triton")
 
-ON_GPU = torch.cuda.is_available()
-# test_kernels_backward.py looks at the output of all cases too; here every failure is the forward kernel's.
-# The kernels refuse scales that are not positive: test_kernels_operator.py.
+# test_backward.py looks at the output of all cases too; here every failure is the forward kernel's.
+# The kernels refuse scales that are not positive: test_operator.py.
 SERVED = [case for case in CASES if (case.scale is None or case.scale > 0) and (ON_GPU or case.quick)]
-
-
-@pytest.fixture
-def unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many programs share a block of queries depends on batch and grids, and their sums round differently."""
-    from smca_kernels.backends.triton import launch
-
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 0)
 
 
 def forward(inputs: CaseInputs, **changes: Any) -> Tensor:

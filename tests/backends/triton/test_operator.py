@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import COMPILER, needs_gpu
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,14 +24,7 @@ pytest.importorskip("triton")
 
 from smca_kernels.backends.triton import backward, forward, launch, operator, windows
 
-ON_GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 SMALL = Case("", ((3, 5), (2, 2)), queries=5)
-
-
-@pytest.fixture
-def always_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MIN_PLANNED_ELEMENTS", 0)
 
 
 # --- dropout ---
@@ -288,16 +282,6 @@ def maps_and_prior(device: torch.device, batch: int, queries: int, sides: list[t
 
 def leaves(arguments: tuple[Any, ...]) -> list[Tensor]:
     return [t for each in arguments for t in (each if isinstance(each, list) else [each])]
-
-
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-COMPILER = "inductor" if ON_GPU else "aot_eager"
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -26,9 +26,7 @@ GRIDS = ((9, 40), (5, 6))
 PYRAMID = ((100, 167), (50, 84), (25, 42), (13, 21))
 
 
-@pytest.fixture(autouse=True)
-def always_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MIN_PLANNED_ELEMENTS", 0)
+pytestmark = pytest.mark.usefixtures("always_planned")
 
 
 def plan_of(inputs: CaseInputs, tolerance: float) -> locality.Plan:

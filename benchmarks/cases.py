@@ -1,7 +1,7 @@
-"""What `smca bench` looks at in one go: a workload in one dtype on one device, with its peers, and calls of these.
+"""Cases of `smca bench`: a workload in one dtype on one device with its peers, and the calls that are measured.
 
-`make_call` gives a peer's forward, or its forward and backward, ready to be called; it belongs inside `grad_mode` of
-the same step. The sizes of inputs and outputs are those that memory is compared with.
+`make_call` gives a peer's forward, or its forward and backward, ready to be called; call it inside `grad_mode` of the
+same step. Measured memory is compared with the sizes of inputs and outputs, which the last three functions give.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smca_kernels.testing.parity import Inputs
+from smca_kernels.testing.cases import CaseInputs
 
-from .records import Left, Row
+from .records import Row, Skipped
 from .workloads import FORWARD, MEASURES, Workload
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchmarkCase:
     """A workload in one dtype on one device, and its peers."""
 
     workload: Workload
@@ -37,12 +37,12 @@ class Subject:
     device: torch.device
     peers: Mapping[str, Peer]
 
-    def inputs(self, seed: int = SEED) -> Inputs:
+    def inputs(self, seed: int = SEED) -> CaseInputs:
         """Random inputs that require gradients."""
         return self.workload.inputs(self.dtype, seed, self.device)
 
     def row(self, measure: str, step: str, peer: str, values: Sequence[float]) -> Row:
-        """A row of values in the measure's unit."""
+        """Median and quantiles of values, in the measure's unit."""
         cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else None
         return Row(
             measure=measure,
@@ -57,36 +57,37 @@ class Subject:
             repeats=len(values),
         )
 
-    def left(self, peer: str, step: str, reason: str) -> Left:
-        return Left(self.workload.name, self.dtype, peer, step, reason)
+    def skipped(self, peer: str, step: str, reason: str) -> Skipped:
+        """Record that a peer, or with "" the whole workload, was not measured."""
+        return Skipped(self.workload.name, self.dtype, peer, step, reason)
 
 
-def without_gradients(inputs: Inputs) -> Inputs:
-    """The same values, of which none requires a gradient."""
+def without_gradients(inputs: CaseInputs) -> CaseInputs:
+    """Detached inputs of the same values."""
     tensors: dict[str, Any] = {name: tensor.detach() for name, tensor in inputs.differentiable().items()}
     return dataclasses.replace(inputs, **tensors)
 
 
-def make_call(peer: Peer, step: str, inputs: Inputs) -> Callable[[], Any]:
-    """A peer's forward, or its forward and backward, on inputs, ready to be called."""
+def make_call(peer: Peer, step: str, inputs: CaseInputs) -> Callable[[], Any]:
+    """Prepare a call of a peer's forward, or of its forward and backward, on these inputs."""
     if step == FORWARD:
         return partial(peer.attend, without_gradients(inputs))
     leaves = list(inputs.differentiable().values())
 
     def both() -> tuple[Tensor, ...]:
-        # Those that compute something else don't use all of the inputs.
+        # A peer that computes another function need not use all of the inputs.
         return torch.autograd.grad(peer.attend(inputs), leaves, inputs.grad_output, allow_unused=not peer.same)
 
     return both
 
 
 def grad_mode(step: str) -> torch.set_grad_enabled:
-    """Gradients are recorded in steps that have a backward."""
+    """Context that records gradients if the step has a backward."""
     return torch.set_grad_enabled(step != FORWARD)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call until the device has done it."""
+    """Wall time of one call, until the device has finished it."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -94,16 +95,16 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def input_bytes(inputs: Inputs) -> int:
+def input_bytes(inputs: CaseInputs) -> int:
     """Bytes of the operator's six tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in inputs.differentiable().values())
 
 
-def output_bytes(inputs: Inputs) -> int:
+def output_bytes(inputs: CaseInputs) -> int:
     """Bytes of the output and the six gradients."""
     return input_bytes(inputs) + inputs.query.numel() * inputs.query.element_size()
 
 
-def per_scale_bytes(inputs: Inputs) -> int:
+def per_scale_bytes(inputs: CaseInputs) -> int:
     """Bytes of an output and a log-sum-exp of every row for every scale, in float32 as the kernels keep them."""
     return 4 * len(inputs.spatial_shapes) * (inputs.query.numel() + inputs.query.shape[:3].numel())

@@ -1,4 +1,4 @@
-"""Small Triton kernels under launch.py's interface, for test_static_cost.py."""
+"""Small Triton kernels under the interface of specializations.py, for the tests of the cost report."""
 
 from __future__ import annotations
 

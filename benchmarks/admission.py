@@ -1,8 +1,8 @@
-"""Who is measured: peers that can run, compile in time and, if they are ours, are at parity with float64.
+"""Admission to a measurement: peers that can run, compile in time and, if they are ours, are at parity with float64.
 
-Output and gradients are computed on the very inputs to be timed, and some heads of one image of them are compared with
-the operator in float64, within the error budget of `smca parity`. A backend of ours that is off is not measured and
-fails the run; another peer that is off is measured, and its error told.
+Each peer computes output and gradients on the very inputs to be timed. Some heads of one image are compared with the
+operator in float64, within the error budget of `smca parity`. A backend of this library that exceeds the budget is not
+measured and fails the run; another peer that exceeds it is measured, and its error is published.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smca_kernels.testing.parity import Comparison, Expectation, Inputs, poisoned_memory
+from smca_kernels.testing.budget import Comparison, poisoned_memory
+from smca_kernels.testing.cases import CaseInputs
+from smca_kernels.testing.check import Expectation
 
+from .cases import BenchmarkCase, grad_mode, make_call, seconds_of, without_gradients
 from .records import Parity, Report, explain
-from .subject import Subject, grad_mode, make_call, seconds_of, without_gradients
 from .workloads import BOTH, FORWARD
 
 if TYPE_CHECKING:
     from .peers import Peer
 
-ELEMENTS = {"cpu": 2e6, "cuda": 4e7}  # compared with float64, at least one head of one image
+MAX_ELEMENTS = {"cpu": 2e6, "cuda": 4e7}  # compared with float64, but at least one head of one image
 
 
-def part_of(inputs: Inputs, image: int, heads: slice) -> Inputs:
-    """Some heads of one image, as inputs of their own: no image and no head depends on another."""
+def part_of(inputs: CaseInputs, image: int, heads: slice) -> CaseInputs:
+    """CaseInputs of some heads of one image alone, on which no other image or head has an influence."""
     tensors: dict[str, Any] = {
         name: tensor[image : image + 1, heads].detach().requires_grad_()
         for name, tensor in inputs.differentiable().items()
@@ -41,30 +43,31 @@ def part_of(inputs: Inputs, image: int, heads: slice) -> Inputs:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Part of a workload's results in float64 and in eager PyTorch, which peers are held against."""
+class ParityCheck:
+    """Comparison of peers with float64 and eager PyTorch, on some heads of one image of a workload."""
 
-    subject: Subject
-    inputs: Inputs  # of the whole workload
+    case: BenchmarkCase
+    inputs: CaseInputs  # all images and heads
     image: int
     heads: slice
-    part: Inputs
+    part: CaseInputs
     compare: Callable[[dict[str, Tensor]], list[Comparison]]
 
     @classmethod
-    def of(cls, subject: Subject, inputs: Inputs) -> Gate:
-        workload = subject.workload
+    def of(cls, case: BenchmarkCase, inputs: CaseInputs) -> ParityCheck:
+        """Choose image and heads at random, and compute what is expected of them."""
+        workload = case.workload
         elements = workload.queries * workload.keys
-        count = int(min(workload.heads, max(1, ELEMENTS[subject.device.type] // elements)))
+        count = int(min(workload.heads, max(1, MAX_ELEMENTS[case.device.type] // elements)))
         image = int(torch.randint(workload.batch, ()))
         first = int(torch.randint(workload.heads - count + 1, ()))
         heads = slice(first, first + count)
         part = part_of(inputs, image, heads)
-        return cls(subject, inputs, image, heads, part, Expectation.of(part).compare)
+        return cls(case, inputs, image, heads, part, Expectation.of(part).compare)
 
     def check(self, peer: Peer, step: str) -> Parity:
-        """Run a peer on all of the inputs, memory poisoned, and compare that part of its output and gradients."""
-        # Compiled code would be compiled again for the poison's deterministic mode.
+        """Run a peer on all inputs, in poisoned memory, and compare this part of its output and gradients."""
+        # The poison's deterministic mode would have compiled code compiled again.
         with nullcontext() if peer.compiled else poisoned_memory(), grad_mode(step):
             if step == FORWARD:
                 results = {"output": peer.attend(without_gradients(self.inputs))}
@@ -76,8 +79,8 @@ class Gate:
         parts = {name: tensor[self.image : self.image + 1, self.heads] for name, tensor in results.items()}
         worst = max(self.compare(parts), key=lambda comparison: comparison.ratio)
         return Parity(
-            workload=self.subject.workload.name,
-            dtype=self.subject.dtype,
+            workload=self.case.workload.name,
+            dtype=self.case.dtype,
             peer=peer.name,
             ratio=worst.ratio,
             worst=worst.name,
@@ -88,7 +91,7 @@ class Gate:
 
 @dataclass
 class Clock:
-    """How much of the run's time is left."""
+    """Time budget of a run."""
 
     seconds: float
     start: float = field(default_factory=time.monotonic)
@@ -106,12 +109,22 @@ class Clock:
         return self.spent < self.seconds / 2
 
 
-def admit(subject: Subject, inputs: Inputs, clock: Clock, report: Report) -> dict[str, list[str]]:
-    """The peers to measure in each step: those that can run, compile in time, and are at parity if they are ours."""
-    gate = Gate.of(subject, inputs)
+def admit(case: BenchmarkCase, inputs: CaseInputs, clock: Clock, report: Report) -> dict[str, list[str]]:
+    """Choose the peers to measure.
+
+    Args:
+        case: workload, dtype, device and peers.
+        inputs: the inputs to be timed.
+        clock: time budget; half of it may be spent on compiling.
+        report: receives parity, compile times, and the reasons against peers that are not admitted.
+
+    Returns:
+        names of the admitted peers, for each step.
+    """
+    parity_check = ParityCheck.of(case, inputs)
     admitted: dict[str, list[str]] = {FORWARD: [], BOTH: []}
-    for name, peer in subject.peers.items():
-        reasons = {step: peer.unsupported(gate.inputs, step == BOTH) for step in admitted}
+    for name, peer in case.peers.items():
+        reasons = {step: peer.unsupported(inputs, step == BOTH) for step in admitted}
         if peer.compiled and not clock.may_compile:
             reasons = dict.fromkeys(admitted, "it compiles, and the time for that was up")
         parity = None
@@ -120,19 +133,19 @@ def admit(subject: Subject, inputs: Inputs, clock: Clock, report: Report) -> dic
                 continue
             try:
                 if not peer.same:
-                    seconds = seconds_of(make_call(peer, step, gate.inputs), subject.device)
+                    seconds = seconds_of(make_call(peer, step, inputs), case.device)
                 elif parity is None:
                     start = time.perf_counter()
-                    parity = gate.check(peer, step)
+                    parity = parity_check.check(peer, step)
                     seconds = time.perf_counter() - start
                 elif peer.compiled:
                     with grad_mode(step):
-                        seconds = seconds_of(make_call(peer, step, gate.inputs), subject.device)
-            except Exception as error:  # a peer that fails says so in the table, and must not end the run
+                        seconds = seconds_of(make_call(peer, step, inputs), case.device)
+            except Exception as error:  # a failing peer is a line of the table, and must not end the run
                 reasons[step] = explain(error)
                 continue
             if peer.compiled:
-                report.rows.append(subject.row("compile", step, name, [seconds]))
+                report.rows.append(case.row("compile", step, name, [seconds]))
         if parity is not None:
             report.parity.append(parity)
             if peer.ours and not parity.within:
@@ -142,5 +155,5 @@ def admit(subject: Subject, inputs: Inputs, clock: Clock, report: Report) -> dic
                 names.append(name)
         if len(set(reasons.values())) == 1:
             reasons = {"": reasons[FORWARD]}
-        report.not_measured += [subject.left(name, step, reason) for step, reason in reasons.items() if reason]
+        report.not_measured += [case.skipped(name, step, reason) for step, reason in reasons.items() if reason]
     return admitted

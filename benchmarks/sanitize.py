@@ -1,6 +1,6 @@
-"""Forward and backward of the Triton kernels on small shapes, for a tool that watches every memory access.
+"""Forward and backward of the Triton kernels on small shapes, to be run under compute-sanitizer.
 
-compute-sanitizer --tool memcheck python -m smca_benchmarks.small_shapes
+compute-sanitizer --tool memcheck python -m smca_benchmarks.sanitize
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from smca_kernels.testing.parity import CASES, case_generator, make_inputs, run_backend
+from smca_kernels.testing.cases import CASES, case_generator, make_inputs
+from smca_kernels.testing.check import run_backend
 
 ARITHMETIC = (("float16", 0.0), ("float16", 0.1), ("float32", 0.0))  # dtype, dropout_p
 
 
 def main() -> int:
-    """Run the quick parity cases, whose results are checked elsewhere. Exit status 2 without a GPU."""
+    """Run the quick parity cases, whose results other tests check. Exit status 2 without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        print("small_shapes needs a GPU: the kernels can't be compiled for the CPU", file=sys.stderr)
+        print("smca_benchmarks.sanitize needs a GPU: the kernels can't be compiled for the CPU", file=sys.stderr)
         return 2
     for case in (case for case in CASES if case.quick):
         for dtype, dropout_p in ARITHMETIC:

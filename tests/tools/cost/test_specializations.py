@@ -1,0 +1,121 @@
+"""The kernels as launches compile them: the table of their arguments' types, and the bars of their cost."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from smca_kernels.tools.cost import specializations
+from smca_kernels.tools.cost.report import Row, compile_report
+from smca_kernels.tools.cost.specializations import ARGUMENT_TYPES, PASSES
+
+
+def run_time_arguments() -> set[str]:
+    """Names of all arguments of the kernels that are not compile-time constants (those are in capitals)."""
+    kernels = [kernel for of_pass in PASSES.values() for kernel in of_pass.values()]
+    return {name for kernel in kernels for name in kernel.arg_names if not name.isupper()}
+
+
+def test_table_of_types_names_every_argument_of_the_kernels_and_no_other() -> None:
+    assert ARGUMENT_TYPES.keys() == run_time_arguments()
+
+
+def test_table_of_types_names_each_argument_once() -> None:
+    source = inspect.getsource(specializations)
+    table = re.search(r"^ARGUMENT_TYPES: .*?^}$", source, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    names = [name for name in re.findall(r'"([^"]+)"', table[0]) if name in ARGUMENT_TYPES]
+    assert sorted(names) == sorted(ARGUMENT_TYPES)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_pointers_to_inputs_take_their_dtype(dtype: str) -> None:
+    (forward,) = (each for each in specializations.specializations(80, dtype, 32) if each.pass_ == "forward")
+    kinds = [forward.signature[name] for name in ("query", "out", "lse", "valid_shapes", "g0", "heads", "scale")]
+    assert kinds == [f"*{dtype}", f"*{dtype}", "*fp32", "*i64", "i64", "i32", "fp32"]
+
+
+@functools.cache
+def real_rows(arch: int, dtype: str, head_dim: int) -> list[Row]:
+    return compile_report([(arch, dtype, head_dim)])
+
+
+# fp16 and bf16 take the same configuration and the same registers; both are compiled where a bar names them.
+# sm_86 and sm_89 compile as sm_80 does, for another number of resident warps.
+SPILL_CASES = [
+    *((arch, dtype, head_dim) for arch in (80, 90) for dtype in ("bf16", "fp32") for head_dim in (32, 64)),
+    *((arch, "bf16", head_dim) for arch in (86, 89) for head_dim in (32, 64)),
+    *((80, "fp16", 32), (90, "fp16", 32)),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim"), SPILL_CASES)
+def test_no_spills(arch: int, dtype: str, head_dim: int):
+    for row in real_rows(arch, dtype, head_dim):
+        assert row["error"] is None
+        assert (row["kernel"], row["spill_bytes"], row["local_bytes"]) == (row["kernel"], 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("arch", "pass_", "bar"),
+    [
+        *((80, "forward", 10.0), (90, "forward", 9.0), (80, "backward", 32.0), (90, "backward", 26.0)),
+        *((80, "planned forward", 10.0), (90, "planned forward", 9.0)),
+        *((80, "planned backward", 32.0), (90, "planned backward", 26.0)),
+    ],
+)
+def test_instructions_per_element_stay_under_the_bar(arch: int, pass_: str, bar: float, dtype: str):
+    rows = [row for row in real_rows(arch, dtype, 32) if row["pass"] == pass_]
+    # A pass of several kernels ends with their total.
+    assert rows[-1]["kernel"] == f"{pass_} total" or len(rows) == 1
+    assert rows[-1]["instructions_per_element"] <= bar
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_plan_adds_at_most_half_an_instruction_per_element(arch: int):
+    def total(pass_: str) -> float:
+        rows = [row for row in real_rows(arch, "bf16", 32) if row["pass"] == pass_]
+        return rows[-1]["instructions_per_element"]
+
+    for pass_ in ("forward", "backward"):
+        assert total(f"planned {pass_}") - total(pass_) <= 0.5
+
+
+# An argument that is None is a constant to the compiler, which then compiles other code than `smca cost` sees.
+SPLIT = ("partial_outputs", "partial_lse", "arrivals")
+ABSENT = [
+    ("valid_shapes", *SPLIT),
+    ("valid_shapes", "plan", "scale_weights", "grad_weights"),
+    ("key_padding_mask", "seed"),
+]
+
+
+COMPILE_WITHOUT = """
+import sys
+from smca_kernels.tools.cost import specializations
+from smca_kernels.tools.cost.kernel import compile_kernel
+absent = specializations.ABSENT = tuple(sys.argv[1:])
+for chosen in specializations.specializations(90, "bf16", 32):
+    if not chosen.pass_.startswith("planned") or ("plan" in absent and chosen.kernel in ("survey", "window")):
+        continue
+    options = (chosen.num_warps, chosen.num_stages, chosen.attrs)
+    compile_kernel(chosen.function, chosen.signature, chosen.constexprs, 90, *options)
+"""
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids="-".join)
+def test_kernels_compile_without_their_optional_arguments(absent: tuple[str, ...]):
+    # In a process of its own: here Triton may have been imported to interpret.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE_WITHOUT, *absent]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
