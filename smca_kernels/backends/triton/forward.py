@@ -228,7 +228,7 @@ def forward_kernel(
                     rescale = tl.exp2(m - m_new)[:, None]
                 m = m_new
                 p = p.to(v.dtype)
-                sums = dot(p, tl.full([KEYS, 8], 1.0, v.dtype), sums * rescale, PRECISION)
+                sums = dot(p, tl.full([KEYS, 8], 1.0, tl.float32).to(v.dtype), sums * rescale, PRECISION)
                 if seed is not None:
                     kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                     p = tl.where(kept, p, 0.0).to(v.dtype)

@@ -7,15 +7,15 @@ a new H×W, number of queries or batch size compiles nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.triton import locality
+from smca_kernels.backends.triton import locality, ptxas
 from smca_kernels.backends.triton.backward import PADDED, TERMS, key_major_kernel, prepare_kernel, query_major_kernel
 from smca_kernels.backends.triton.forward import forward_kernel
 from smca_kernels.backends.triton.windows import PATCH_H, PATCH_W, survey_kernel, window_kernel
@@ -172,8 +172,14 @@ def packed_grids(spatial_shapes: SpatialShapes) -> list[int]:
     return grids + [1 << 32 | 1] * (MAX_SCALES - len(grids))
 
 
-def device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextmanager
+def device_of(tensor: Tensor) -> Iterator[None]:
+    """Launch kernels on a tensor's device, compiled by a ptxas that is right on it."""
+    if not tensor.is_cuda:
+        yield
+        return
+    with torch.cuda.device(tensor.device), ptxas.right_compiler(tensor.device):
+        yield
 
 
 def dropout_threshold(dropout_p: float) -> int:
