@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint docs
+.PHONY: demo test bench lint docs machine
 
 demo: $(READY)
 	$(BIN)/smca demo
@@ -13,6 +13,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $$($(BIN)/python -c "import torch; print(0 if torch.cuda.is_available() else 'auto')") \
 		--maxprocesses 8 --durations 15
+
+# The compiled kernels, executed without a GPU: hundreds of cases, for hours. Interrupted, it goes on where it was.
+machine: $(READY)
+	$(BIN)/python tests/machine/hunt.py
 
 bench: $(READY)
 	$(BIN)/smca bench

@@ -162,6 +162,24 @@ def split_sum(arch: int, **options: Any) -> tuple[Session, float, float]:
     return session, (out - x.view(5, 128).flip(1).sum(0)).abs().max().item(), 1e-5
 
 
+def split_sum_uncounted(arch: int, **options: Any) -> tuple[Session, float, float]:
+    """A counter that nobody set to zero."""
+    x, out = torch.randn(640), torch.zeros(128)
+    with on_machine(arch, **options) as session:
+        partial, counter = torch.full((640,), float("nan")), torch.empty(1, dtype=torch.int32)
+        split_sum_kernel[(5,)](x, partial, counter, out, 640, BLOCK=128)
+    return session, 0.0, 0.0
+
+
+def bytes_left_unwritten() -> int:
+    """Of a result of 1000 numbers whose first 900 are written."""
+    with on_machine(80) as session:
+        out = torch.empty(1000)
+        add_kernel[(4,)](torch.randn(1000), torch.randn(1000), out, 900, BLOCK=256)
+    assert out[900:].isnan().all()
+    return session.unwritten(out)
+
+
 # --- known results ---
 
 
@@ -267,6 +285,7 @@ PLANTED = {
     "load shifted by half an element": Planted(add, 80, replaced(LOAD, r"\g<1>2\g<2>"), ("misaligned",)),
     "view passed inside its storage": Planted(add_beyond_view, 80, None, ("memcheck: outside of the view",)),
     "torch.empty read": Planted(add_uninitialised, 80, None, ("initcheck",)),
+    "atomic on torch.empty": Planted(split_sum_uncounted, 80, None, ("initcheck",)),
     "store without its mask": Planted(add, 80, replaced(r"@%p\d+ (st\.global)", r"\1"), ("memcheck",)),
     "store lost": Planted(add, 80, replaced(r"@%p\d+ st\.global[^;]*;")),
     "softmax, no barrier before a read": Planted(softmax, 80, replaced(BARRIER), ("racecheck shared",)),

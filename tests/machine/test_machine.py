@@ -52,6 +52,10 @@ def test_a_missing_barrier_is_noticed(name: str, compiled: Compiled) -> None:
     assert len(unnoticed) <= BARRIERS[name][3], unnoticed
 
 
+def test_bytes_of_a_result_that_no_kernel_wrote_are_counted(compiled: Compiled) -> None:
+    assert compiled(machine_kernels.bytes_left_unwritten) == 100 * 4
+
+
 # --- what is written in PTX ---
 
 TEMPLATE = """
@@ -79,19 +83,21 @@ TEMPLATE = """
 """
 # Shared memory of a warp's 32 words; %r4 is a thread's own word, %r5 its neighbour's; %rd3 its own word of `out`.
 NEIGHBOUR = "st.shared.b32 [%r4], %r1; xor.b32 %r5, %r4, {distance}; {between} ld.shared.b32 %r6, [%r5];"
-COPY = "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; {between} ld.shared.b32 %r6, [%r4];"
+COPY = "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group;"
+COPY_WAIT, READ = "cp.async.wait_group 0;", "ld.shared.b32 %r6, [%r4];"
 DESCRIPTORS = "mov.b64 %rd4, 0x4000000000000040; mov.b64 %rd5, {right};"
+WRITE = "st.shared.v4.b32 [%r9], {%r1, %r1, %r1, %r1};"
 WGMMA = (
-    "st.shared.v4.b32 [%r9], {{%r1, %r1, %r1, %r1}}; {fence} bar.sync 0; wgmma.fence.sync.aligned; "
-    "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%r20, %r21, %r22, %r23}}, %rd4, %rd5, 0, 1, 1, 0, 0; "
-    "wgmma.commit_group.sync.aligned; {wait}"
+    "wgmma.fence.sync.aligned; "
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r20, %r21, %r22, %r23}, %rd4, %rd5, 0, 1, 1, 0, 0; "
+    "wgmma.commit_group.sync.aligned; "
 )
 OWN_16_BYTES = "shl.b32 %r8, %r1, 4; add.s32 %r9, %r3, %r8;"
-FENCE, WAIT = "fence.proxy.async.shared::cta;", "wgmma.wait_group.sync.aligned 0;"
+FENCE, BARRIER, WAIT = "fence.proxy.async.shared::cta;", "bar.sync 0;", "wgmma.wait_group.sync.aligned 0;"
 
 
-def wgmma(fence: str = FENCE, wait: str = WAIT, right: str = "0x4000000000000040", after: str = "") -> str:
-    return OWN_16_BYTES + DESCRIPTORS.format(right=right) + WGMMA.format(fence=fence, wait=wait) + after
+def wgmma(before: str = WRITE + FENCE + BARRIER, after: str = WAIT, right: str = "0x4000000000000040") -> str:
+    return OWN_16_BYTES + DESCRIPTORS.format(right=right) + before + WGMMA + after
 
 
 # name: (threads, body, the kinds that are reported)
@@ -120,8 +126,18 @@ WRITTEN: dict[str, tuple[int, str, set[str]]] = {
     "threads exchange through global memory without a barrier": (
         32, "st.global.b32 [%rd3], %r1; xor.b64 %rd4, %rd3, 4; ld.global.b32 %r6, [%rd4];", {"racecheck global"}
     ),
-    "copy read before the wait": (32, COPY.format(between=""), {"cp.async not waited for", "initcheck shared"}),
-    "copy read after the wait": (32, COPY.format(between="cp.async.wait_group 0;"), set()),
+    "copy read before the wait": (
+        32, f"st.shared.b32 [%r4], %r1; {COPY} {READ} {COPY_WAIT}", {"cp.async not waited for"}
+    ),
+    "copy overwritten before the wait": (
+        32, f"{COPY} st.shared.b32 [%r4], %r1; {COPY_WAIT}", {"cp.async not waited for"}
+    ),
+    "copy left at the end": (32, COPY, {"cp.async not waited for"}),
+    "copy read after the wait": (32, f"{COPY} {COPY_WAIT} {READ}", set()),
+    "parameters read beyond their end": (32, "mov.b32 %r6, 4096; ld.param.b64 %rd4, [%r6];", {"memcheck"}),
+    "a warp exits before a barrier": (
+        64, "setp.lt.u32 %p1, %r1, 32; @%p1 bra $L1; bar.sync 0; $L1:", {"synccheck"}
+    ),
     "half a warp at bar.warp.sync": (
         32, "setp.lt.u32 %p1, %r1, 16; @%p1 bra $L1; bar.warp.sync -1; $L1:", {"synccheck"}
     ),
@@ -132,13 +148,18 @@ WRITTEN: dict[str, tuple[int, str, set[str]]] = {
         set(),
     ),
     "wgmma": (128, wgmma(), set()),
-    "wgmma without a proxy fence": (128, wgmma(fence=""), {"proxy fence"}),
-    "wgmma left at the end": (128, wgmma(wait=""), {"wgmma not waited for"}),
-    "wgmma's result read before the wait": (
-        128, wgmma(wait="", after=f"mov.b32 %r10, %r20; {WAIT}"), {"wgmma register"}
+    "wgmma without a proxy fence": (128, wgmma(WRITE + BARRIER), {"proxy fence"}),
+    "wgmma without a barrier": (128, wgmma(WRITE + FENCE), {"racecheck shared"}),
+    "wgmma of what nobody wrote": (128, wgmma(FENCE + BARRIER), {"initcheck shared"}),
+    "wgmma of what a copy is about to write": (
+        128,
+        wgmma(WRITE + FENCE + BARRIER + COPY, WAIT + BARRIER + COPY_WAIT),
+        {"cp.async not waited for"},
     ),
+    "wgmma left at the end": (128, wgmma(after=""), {"wgmma not waited for"}),
+    "wgmma's result read before the wait": (128, wgmma(after=f"mov.b32 %r10, %r20; {WAIT}"), {"wgmma register"}),
     "wgmma's operand overwritten before the wait": (
-        128, wgmma(wait="", after=f"st.shared.b32 [%r9], %r1; {WAIT}"), {"wgmma not waited for", "racecheck shared"}
+        128, wgmma(after=f"st.shared.b32 [%r9], %r1; {WAIT}"), {"wgmma not waited for", "racecheck shared"}
     ),
     "wgmma with descriptors that differ": (128, wgmma(right="%rd2"), {"wgmma operand"}),
 }  # fmt: skip

@@ -133,8 +133,7 @@ class Machine:
             if block.kind == "barrier":
                 self.need_whole_warps(block.last, mask)
                 waiting |= mask
-                by_cta = waiting.reshape(self.ctas, -1)
-                done = (by_cta | (pcs == EXITED).reshape(self.ctas, -1)).all(1) & by_cta.any(1)
+                done: Any = waiting.reshape(self.ctas, -1).all(1)
                 if done.any():
                     self._barrier(done)
                     waiting[np.repeat(done, self.threads)] = False

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 
-def compiling_processes(jobs: int) -> ProcessPoolExecutor:
+@contextmanager
+def compiling_processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Make a pool of processes that import Triton afresh, without TRITON_INTERPRET, and use one thread each."""
-    return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_prepare)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_prepare)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)  # of an interrupted run, only what is under way is waited for
 
 
 def _prepare() -> None:
