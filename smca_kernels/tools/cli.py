@@ -21,7 +21,7 @@ COMMANDS = {
     "detect": ("smca_model.detect", "boxes in images, drawn, with the attention behind them"),
     "presets": ("smca_model.presets", "the models of the paper: parameters and GFLOPs"),
     "data": ("smca_model.data.digits", "make a small data set of real digits"),
-    "parity": ("smca_kernels.tools.parity", "check every backend here against PyTorch in float64"),
+    "parity": ("smca_kernels.tools.parity.command", "check every backend here against PyTorch in float64"),
     "cost": ("smca_kernels.tools.cost.command", "compile the kernels without a GPU and count their instructions"),
     "bench": (
         "smca_benchmarks.bench_attention",
