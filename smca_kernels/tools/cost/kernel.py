@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from smca_kernels.tools.cost.architectures import ARCHITECTURES, EX2_LANES, ISSUE_LANES, resident_warps
@@ -59,6 +62,8 @@ class StaticCost:
     instructions: int | None  # in the whole kernel; None: the disassembler does not read this architecture
     loops: tuple[LoopCost, ...]  # the most expensive first, then those of rare inputs
     note: str
+    code: tuple[Instruction, ...] = dataclasses.field(default=(), repr=False)
+    bodies: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), repr=False)  # of the loops, in their order
 
     @property
     def loop(self) -> LoopCost | None:
@@ -104,12 +109,12 @@ def compile_kernel(
 
 
 def disassemble(compiled: Any) -> str:
-    """The SASS of a compiled kernel with source lines.
+    """Disassemble a compiled kernel: SASS with source lines and control codes.
 
     Raises:
         subprocess.CalledProcessError: nvdisasm no longer reads this architecture.
     """
-    text = _tool("nvdisasm", ["-c", "-g"], compiled.asm["cubin"])
+    text = _tool("nvdisasm", ["-c", "-g", "-hex"], compiled.asm["cubin"])
     name = re.escape(compiled.metadata.name)
     # Only the kernel's own section: the debug sections follow it.
     section = re.search(rf"^\.text\.{name}:$(.*?)(?=^\s*\.section|\Z)", text, re.M | re.S)
@@ -153,22 +158,25 @@ def analyze(
 
     note = ""
     loops: list[LoopCost] = []
+    bodies: list[list[int]] = []
     if elements_per_iteration:
         ptx = parse_ptx(compiled.asm["ptx"])
         expected_ex2 = max((_ptx_ex2(ptx[i] for i in body) for body in attention_loops(ptx)), default=0)
+        found: list[tuple[LoopCost, list[int]]] = []
         for body in attention_loops(instructions):
             cost = _loop_cost([instructions[i] for i in body], threads, elements_per_iteration, expected_ex2)
             if cost.tensor_flops is None:
                 cost = dataclasses.replace(cost, tensor_flops=tensor_flops_per_element)
-            loops.append(cost)
-        loops.sort(key=lambda cost: -cost.total)
-        if len(loops) <= rare_loops:
-            note = f"{len(loops)} loops with tensor or exp2 instructions, expected more than {rare_loops}"
-            loops = []
+            found.append((cost, body))
+        found.sort(key=lambda each: -each[0].total)
+        if len(found) <= rare_loops:
+            note = f"{len(found)} loops with tensor or exp2 instructions, expected more than {rare_loops}"
+            found = []
         elif rare_loops:
-            totals = ", ".join(f"{cost.total:.2f}" for cost in loops[:rare_loops])
+            totals = ", ".join(f"{cost.total:.2f}" for cost, _ in found[:rare_loops])
             note = f"in the loop that only unusual inputs take: {totals} instructions per element"
-            loops = loops[rare_loops:] + loops[:rare_loops]
+            found = found[rare_loops:] + found[:rare_loops]
+        loops, bodies = [cost for cost, _ in found], [body for _, body in found]
         if loops and loops[0].per_element["ex2"] >= 1.5:
             exp2 = loops[0].per_element["ex2"]
             replicated = f"{exp2:.1f} exp2 per element: the tile is replicated across warps"
@@ -178,8 +186,9 @@ def analyze(
         note = "no loop over keys: the whole kernel, shared by the workload's elements; memory is not modelled"
     spilled = sum(_width(i.opcode) for i in instructions if i.opcode.split(".")[0] == "STL")
     return dataclasses.replace(
-        measured, spill_bytes=spilled, instructions=len(instructions), loops=tuple(loops), note=note
-    )
+        measured, spill_bytes=spilled, instructions=len(instructions), loops=tuple(loops), note=note,
+        code=tuple(instructions), bodies=tuple(tuple(body) for body in bodies),
+    )  # fmt: skip
 
 
 def _ptx_ex2(body: Iterable[Instruction]) -> int:
@@ -238,15 +247,71 @@ def _width(opcode: str) -> int:
     return int(match[1].strip("US")) // 8 if match else 4
 
 
+class MissingTool(RuntimeError):
+    """A binary tool of Triton's can't be run, so that nothing is known of what it would have told."""
+
+
 def _tool(name: str, options: Sequence[str], cubin: bytes) -> str:
-    """Output of one of the binary tools inside Triton for a cubin."""
+    """Run one of the binary tools inside Triton on a cubin and return its output.
+
+    Raises:
+        MissingTool: naming it.
+    """
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [getattr(knobs.nvidia, name).path, *options, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        try:
+            command = [getattr(knobs.nvidia, name).path, *options, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        except (AttributeError, OSError, RuntimeError) as error:
+            raise MissingTool(f"{name}, which comes with Triton, can't be run, nothing was counted: {error}") from None
+
+
+def ptxas_warnings(ptx: str, arch: int) -> list[str]:
+    """List what ptxas has to say of lost performance and other warnings: "C7515: Potential Performance Loss: …".
+
+    The ptxas that Triton compiles with is run on the PTX once more; answers are kept in Triton's cache.
+
+    Raises:
+        MissingTool: it can't be run, or refuses what it compiled before.
+    """
+    from triton.runtime.cache import get_cache_manager
+
+    ptxas = _ptxas(arch)
+    digest = hashlib.sha256(f"{ptxas.version} {ptx}".encode()).hexdigest()
+    cache = get_cache_manager(digest)
+    if (known := cache.get_file("ptxas_warnings.json")) is not None:
+        return json.loads(Path(known).read_text("utf-8"))
+    target = re.search(r"^\s*\.target\s+(\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [ptxas.path, "-v", f"--gpu-name={target[1] if target else f'sm_{arch}'}", source, "-o", f"{source}.o"]
+        try:
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise MissingTool(f"ptxas can't be run, its warnings were not read: {error}") from None
+    found = [_warning(line) for line in run.stderr.splitlines() if "Performance Loss" in line or "warning" in line]
+    cache.put(json.dumps(found), "ptxas_warnings.json", binary=False)
+    return found
+
+
+def _ptxas(arch: int) -> Any:
+    """Find the ptxas that Triton compiles with for an architecture: an object with a path and a version."""
+    from triton import knobs
+    from triton.backends.nvidia import compiler
+
+    try:
+        return compiler.get_ptxas(arch) if hasattr(compiler, "get_ptxas") else knobs.nvidia.ptxas
+    except RuntimeError as error:
+        raise MissingTool(f"ptxas can't be found, its warnings were not read: {error}") from None
+
+
+def _warning(line: str) -> str:
+    match = re.search(r"\((C\d+)\)\s*(.*)", line)
+    return f"{match[1]}: {match[2].strip()}" if match else line.strip()
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -6,12 +6,23 @@ a list, and `attention_loops` those that work on tiles of attention elements.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CLASSES = ("tensor", "ex2", "fp32", "conversion", "memory", "other")
+
+
+@dataclass(frozen=True)
+class Control:
+    """Scheduling that ptxas encoded in a SASS instruction: bits 105 to 121 of its 128."""
+
+    stall: int  # cycles before the same warp's next instruction, at least
+    write: int | None  # dependence counter that is released when the result is there
+    read: int | None  # … when the operands have been read
+    wait: tuple[int, ...]  # counters that must be free before it issues
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,9 @@ class Instruction:
     target: str | None = None  # where a jump goes
     falls_through: bool = True
     source: str = ""  # file:line
+    operands: str = ""
+    guard: str = ""  # predicate, "@!P0"
+    control: Control | None = None  # SASS printed with its encoding
 
     @property
     def kind(self) -> str:
@@ -60,15 +74,16 @@ def classify(opcode: str) -> str:
 
 
 _SASS_LINE = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][^\s;]*)\s*(?P<operands>.*?)\s*;"
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<text>(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][^\s;]*)\s*(?P<operands>.*?)\s*;)"
 )
+_UPPER_HALF = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")  # of the encoding, on a line of its own
 _LABEL = re.compile(r"^([.$][\w$.]+):")
 _JUMP_TARGET = re.compile(r"^(?P<condition>[^`]*)`\((?P<label>[^)]+)\)")
 _SOURCE = re.compile(r'//## File "(.*?)", line (\d+)')
 
 
 def parse_sass(text: str) -> list[Instruction]:
-    """The instructions of one function, as `nvdisasm -c` prints it."""
+    """List the instructions of one function as `nvdisasm -c` prints it, with their control codes after `-hex`."""
     instructions: list[Instruction] = []
     labels: list[str] = []
     source = ""
@@ -77,6 +92,8 @@ def parse_sass(text: str) -> list[Instruction]:
             labels.append(match[1])
         elif match := _SOURCE.search(line):
             source = f"{Path(match[1]).name}:{match[2]}"
+        elif (match := _UPPER_HALF.match(line)) and instructions:
+            instructions[-1] = replace(instructions[-1], control=decode_control(int(match[1], 16)))
         elif match := _SASS_LINE.match(line):
             guard, opcode, operands = match["guard"], match["opcode"], match["operands"]
             target, falls_through = None, True
@@ -88,11 +105,23 @@ def parse_sass(text: str) -> list[Instruction]:
                 falls_through = guard is not None or jump["condition"].strip() != ""
             elif base in ("EXIT", "RET", "BRX", "KILL"):
                 falls_through = guard is not None
-            instructions.append(
-                Instruction(opcode, line.split("*/", 1)[1].strip(), tuple(labels), target, falls_through, source)
-            )
+            text, place = match["text"], tuple(labels)
+            guard = (guard or "").strip()
+            instructions.append(Instruction(opcode, text, place, target, falls_through, source, operands, guard))
             labels = []
     return instructions
+
+
+def decode_control(upper_half: int) -> Control:
+    """Decode the control code in the upper 64 bits of an instruction; a counter of 7 is none."""
+    code = upper_half >> 41
+    write, read, wait = code >> 5 & 7, code >> 8 & 7, code >> 11 & 63
+    return Control(
+        code & 15,
+        None if write == 7 else write,
+        None if read == 7 else read,
+        tuple(counter for counter in range(6) if wait >> counter & 1),
+    )
 
 
 _PTX_LINE = re.compile(r"^\s*(?P<guard>@!?%?\w+\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*?);")
@@ -100,7 +129,7 @@ _PTX_LABEL = re.compile(r"^\s*(\$[\w$]+):")
 
 
 def parse_ptx(text: str) -> list[Instruction]:
-    """The instructions of a PTX module of one function."""
+    """List the instructions of a PTX module of one function."""
     instructions: list[Instruction] = []
     labels: list[str] = []
     for line in text.splitlines():
@@ -115,6 +144,44 @@ def parse_ptx(text: str) -> list[Instruction]:
     return instructions
 
 
+@dataclass(frozen=True)
+class ControlFlow:
+    """Basic blocks of a function: block b holds the instructions from starts[b] up to ends[b]."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    successors: tuple[frozenset[int], ...]
+    predecessors: tuple[frozenset[int], ...]
+    jumps: dict[int, int]  # instruction → the one that it jumps to
+
+    def block_of(self, instruction: int) -> int:
+        """Find the block that an instruction is in."""
+        return bisect.bisect_right(self.starts, instruction) - 1
+
+
+def control_flow(instructions: Sequence[Instruction]) -> ControlFlow:
+    """Cut a function into basic blocks and connect them."""
+    position = {label: i for i, instruction in enumerate(instructions) for label in instruction.labels}
+    jumps = {i: position[each.target] for i, each in enumerate(instructions) if each.target in position}
+    starts = {0, *jumps.values()}
+    starts |= {i + 1 for i, each in enumerate(instructions) if each.target is not None or not each.falls_through}
+    ordered = sorted(s for s in starts if s < len(instructions))
+    block_at = {start: b for b, start in enumerate(ordered)}
+    ends = [*ordered[1:], len(instructions)]
+
+    successors: list[set[int]] = [set() for _ in ordered]
+    predecessors: list[set[int]] = [set() for _ in ordered]
+    for block, end in enumerate(ends):
+        if instructions[end - 1].falls_through and end in block_at:
+            successors[block].add(block_at[end])
+        if end - 1 in jumps:
+            successors[block].add(block_at[jumps[end - 1]])
+        for successor in successors[block]:
+            predecessors[successor].add(block)
+    frozen = [tuple(frozenset(each) for each in edges) for edges in (successors, predecessors)]
+    return ControlFlow(tuple(ordered), tuple(ends), frozen[0], frozen[1], jumps)
+
+
 def find_loops(instructions: Sequence[Instruction]) -> list[list[int]]:
     """Natural loops: for each loop header the sorted indices of the instructions of its body.
 
@@ -123,31 +190,10 @@ def find_loops(instructions: Sequence[Instruction]) -> list[list[int]]:
     """
     if not instructions:
         return []
-    position = {label: i for i, instruction in enumerate(instructions) for label in instruction.labels}
-    starts = {0}
-    for i, instruction in enumerate(instructions):
-        if instruction.target in position:
-            starts.add(position[instruction.target])
-        if instruction.target is not None or not instruction.falls_through:
-            starts.add(i + 1)
-    ordered = sorted(s for s in starts if s < len(instructions))
-    block_at = {start: b for b, start in enumerate(ordered)}
-    ends = [*ordered[1:], len(instructions)]
-
-    successors: list[set[int]] = [set() for _ in ordered]
-    predecessors: list[set[int]] = [set() for _ in ordered]
-    for block, end in enumerate(ends):
-        last = instructions[end - 1]
-        if last.falls_through and end in block_at:
-            successors[block].add(block_at[end])
-        if last.target in position:
-            successors[block].add(block_at[position[last.target]])
-        for successor in successors[block]:
-            predecessors[successor].add(block)
-
-    dominators = _dominators(successors, predecessors)
+    flow = control_flow(instructions)
+    dominators = _dominators(flow.successors, flow.predecessors)
     bodies: dict[int, set[int]] = {}
-    for block, following in enumerate(successors):
+    for block, following in enumerate(flow.successors):
         for header in following & dominators.get(block, set()):
             body = bodies.setdefault(header, {header})
             pending = [block]
@@ -155,13 +201,14 @@ def find_loops(instructions: Sequence[Instruction]) -> list[list[int]]:
                 member = pending.pop()
                 if member not in body:
                     body.add(member)
-                    pending.extend(predecessors[member] & dominators.keys())
+                    pending.extend(flow.predecessors[member] & dominators.keys())
     return [
-        [i for block in sorted(body) for i in range(ordered[block], ends[block])] for _, body in sorted(bodies.items())
+        [i for block in sorted(body) for i in range(flow.starts[block], flow.ends[block])]
+        for _, body in sorted(bodies.items())
     ]
 
 
-def _dominators(successors: Sequence[set[int]], predecessors: Sequence[set[int]]) -> dict[int, set[int]]:
+def _dominators(successors: Sequence[frozenset[int]], predecessors: Sequence[frozenset[int]]) -> dict[int, set[int]]:
     """The blocks on every path from block 0, for each block that can be reached from it."""
     reachable, pending = {0}, [0]
     while pending:

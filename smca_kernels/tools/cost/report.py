@@ -1,4 +1,4 @@
-"""Rows of the cost report: every kernel compiled and analyzed on all CPU cores, totals of a pass, and the table.
+"""Rows of the cost report: every kernel compiled, analyzed and scheduled on all CPU cores, and totals of a pass.
 
 A row is a dictionary that JSON can hold; docs/cost.md explains its keys.
 """
@@ -21,13 +21,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.tools.cost.architectures import ARCHITECTURES
-from smca_kernels.tools.cost.kernel import StaticCost, analyze, compile_kernel, listing, unit_cycles
+from smca_kernels.tools.cost.kernel import (
+    MissingTool,
+    StaticCost,
+    analyze,
+    compile_kernel,
+    listing,
+    ptxas_warnings,
+    unit_cycles,
+)
 from smca_kernels.tools.cost.machine_code import CLASSES
+from smca_kernels.tools.cost.schedule import Schedule, schedule
 
 if TYPE_CHECKING:
     from smca_kernels.tools.cost.specializations import Specialization
 
 DTYPES = ("fp16", "bf16", "fp32")
+
+SCHEDULE_KEYS = (
+    *("blocks_per_sm", "num_warps", "cycles_per_trip", "elements_per_trip", "elements_per_cycle"),
+    *("elements_per_second", "issue_share", "busy", "scheduled_bound_by", "waits", "start_cycles", "scale_cycles"),
+)
 
 Row = dict[str, Any]
 
@@ -77,6 +91,27 @@ def _cost_cells(cost: StaticCost, specialization: Specialization) -> Row:
     return row
 
 
+def _schedule_cells(cost: StaticCost, specialization: Specialization) -> Row:
+    """Cells that the simulation adds to a row of the report; why there are none is in the row's "schedule_note"."""
+    elements = specialization.elements_per_iteration or specialization.elements_per_program
+    if not elements:
+        return {}
+    try:
+        scheduled: Schedule = schedule(cost, elements)
+    except (ValueError, RuntimeError) as error:
+        return {"schedule_note": f"not scheduled: {error}"}
+    limits = ARCHITECTURES[cost.arch]
+    rate = scheduled.elements_per_cycle * limits.multiprocessors * limits.clock_hz
+    return scheduled.row() | {"elements_per_second": rate}
+
+
+def _warning_cells(compiled: Any, arch: int) -> Row:
+    try:
+        return {"ptxas_warnings": ptxas_warnings(compiled.asm["ptx"], arch)}
+    except MissingTool as error:
+        return {"ptxas_note": str(error)}
+
+
 def total_row(rows: Sequence[Row]) -> Row:
     """Sum of all kernels of one pass, for one (arch, dtype, head_dim): they run one after the other.
 
@@ -95,6 +130,8 @@ def total_row(rows: Sequence[Row]) -> Row:
     for name in (*CLASSES, "instructions_per_element"):
         total[name] = sum(row[name] for row in rows)
     total["predicted_elements_per_second"] = 1 / sum(1 / row["predicted_elements_per_second"] for row in rows)
+    if all(row["elements_per_second"] for row in rows):
+        total["elements_per_second"] = 1 / sum(1 / row["elements_per_second"] for row in rows)
     total["bound_by"] = min(rows, key=lambda row: row["predicted_elements_per_second"])["bound_by"]
     total["note"] = " + ".join(f"{row['kernel']} {row['instructions_per_element']:.2f}" for row in rows)
     return total
@@ -103,7 +140,7 @@ def total_row(rows: Sequence[Row]) -> Row:
 def _empty_row(job: Job) -> Row:
     unknown = ["registers", "spill_bytes", "local_bytes", "shared_bytes", "resident_warps"]
     unknown += ["instructions_per_element", *CLASSES, "bound_by", "predicted_elements_per_second"]
-    unknown += ["triton", "error"]
+    unknown += [*SCHEDULE_KEYS, "ptxas_warnings", "cubin", "triton", "error"]
     return {
         "kernel": job.kernel,
         "pass": job.pass_,
@@ -112,6 +149,8 @@ def _empty_row(job: Job) -> Row:
         "dtype": job.dtype,
         "head_dim": job.head_dim,
         "note": "",
+        "schedule_note": "",
+        "ptxas_note": "",
     } | dict.fromkeys(unknown)
 
 
@@ -129,8 +168,8 @@ def _list_jobs(module: str, arch: int, dtype: str, head_dim: int) -> list[Job]:
     return [Job(module, arch, dtype, head_dim, i, s.kernel, s.pass_) for i, s in enumerate(specializations)]
 
 
-def _run_job(job: Job, sass_directory: Path | None) -> Row:
-    """Compile and analyze one kernel; what goes wrong becomes the row's error."""
+def _run_job(job: Job, sass_directory: Path | None, cubin_directory: Path | None) -> Row:
+    """Compile, analyze and schedule one kernel; what goes wrong becomes the row's error."""
     import triton
 
     row = _empty_row(job) | {"triton": triton.__version__}
@@ -148,10 +187,15 @@ def _run_job(job: Job, sass_directory: Path | None) -> Row:
             cost = analyze(
                 compiled, chosen.elements_per_iteration, flops, chosen.elements_per_program, chosen.rare_loops
             )
+            name = f"{job.kernel}-sm_{job.arch}-{job.dtype}-{job.head_dim}".replace(" ", "_")
             if sass_directory is not None and cost.instructions is not None:
-                name = f"{job.kernel}-sm_{job.arch}-{job.dtype}-{job.head_dim}.sass".replace(" ", "_")
-                (sass_directory / name).write_text(listing(compiled))
-        return row | _cost_cells(cost, chosen)
+                (sass_directory / f"{name}.sass").write_text(listing(compiled))
+            if cubin_directory is not None:
+                (cubin_directory / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
+                (cubin_directory / f"{name}.ptx").write_text(compiled.asm["ptx"])
+                row["cubin"] = str(cubin_directory / f"{name}.cubin")
+        row |= _cost_cells(cost, chosen)
+        return row | _schedule_cells(cost, chosen) | _warning_cells(compiled, job.arch)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"}
 
@@ -161,6 +205,7 @@ def compile_report(
     *,
     module: str = "smca_kernels.tools.cost.specializations",
     sass_directory: Path | None = None,
+    cubin_directory: Path | None = None,
 ) -> list[Row]:
     """Cost of every kernel for each (arch, dtype, head_dim), on all CPU cores; progress goes to stderr.
 
@@ -168,6 +213,7 @@ def compile_report(
         combinations: (compute capability, "fp16" | "bf16" | "fp32", head_dim) triples.
         module: where `specializations(arch, dtype, head_dim)` is found.
         sass_directory: write the annotated loops of every kernel there.
+        cubin_directory: write the cubin and the PTX of every kernel there.
 
     Returns:
         One row per kernel, and one "<pass> total" row where a pass has several kernels. A kernel that does
@@ -183,7 +229,7 @@ def compile_report(
         futures: dict[Future[Row], Job] = {}
         with contextlib.suppress(BrokenProcessPool):
             for job in jobs:
-                futures[pool.submit(_run_job, job, sass_directory)] = job
+                futures[pool.submit(_run_job, job, sass_directory, cubin_directory)] = job
         for future in concurrent.futures.as_completed(futures):
             job = futures[future]
             with contextlib.suppress(BrokenProcessPool):
@@ -194,7 +240,7 @@ def compile_report(
         if job not in results:
             with _worker_pool(1) as pool:
                 try:
-                    results[job] = pool.submit(_run_job, job, sass_directory).result()
+                    results[job] = pool.submit(_run_job, job, sass_directory, cubin_directory).result()
                 except BrokenProcessPool:
                     results[job] = _empty_row(job) | {"error": "the compiler ended its process"}
             _progress(len(results), len(jobs), job)
@@ -219,66 +265,3 @@ def _progress(done: int, total: int, job: Job) -> None:
         print(f"\r{text:<78}", end="" if done < total else "\n", file=sys.stderr, flush=True)
     elif done % 10 == 0 or done == total:
         print(text, file=sys.stderr, flush=True)
-
-
-_COLUMNS: tuple[tuple[str, str, str], ...] = (  # heading, key, format
-    ("kernel", "kernel", "<22"),
-    ("arch", "arch", "<6"),
-    ("dtype", "dtype", "<5"),
-    ("D", "head_dim", ">3"),
-    ("regs", "registers", ">4"),
-    ("spill", "spill_bytes", ">5"),
-    ("local", "local_bytes", ">5"),
-    ("shared", "shared_bytes", ">6"),
-    ("warps", "resident_warps", ">5"),
-    *((name[:6], name, ">6.2f") for name in CLASSES),
-    ("total", "instructions_per_element", ">6.2f"),
-    ("bound by", "bound_by", "<8"),
-    ("G/s", "predicted_elements_per_second", ">6.0f"),
-)
-
-
-def format_table(rows: Sequence[Row]) -> str:
-    """The report as text: a line per kernel, notes and errors, then a line per pass and architecture."""
-    lines = [" ".join(f"{heading:{spec.split('.')[0]}}" for heading, _, spec in _COLUMNS)]
-    for row in rows:
-        cells = []
-        for _, key, spec in _COLUMNS:
-            value = row[key] if key != "predicted_elements_per_second" or row[key] is None else row[key] / 1e9
-            cells.append(f"{'-':{spec.split('.')[0]}}" if value is None else f"{value:{spec}}")
-        lines.append(" ".join(cells).rstrip())
-    notes: dict[str, list[str]] = {}
-    for row in rows:
-        if not row["kernel"].endswith(" total"):
-            name = f"{row['kernel']} {row['arch']} {row['dtype']} {row['head_dim']}"
-            if row["note"]:
-                notes.setdefault(row["note"], []).append(name)
-            if row["error"]:
-                notes.setdefault("ERROR " + row["error"], []).append(name)
-    lines += [f"\n{note}\n    {', '.join(names)}" for note, names in notes.items()]
-    lines.append("\nInstructions per attention element, all kernels of a pass together:")
-    for (pass_, arch), totals in _totals(rows).items():
-        lines.append(f"{pass_:<16} {arch:<6} " + ", ".join(f"{name} {value}" for name, value in totals))
-    return "\n".join(lines)
-
-
-def _totals(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    totals: dict[tuple[str, str, str, int], Row] = {}
-    for row in rows:  # a pass's total row follows its kernels
-        totals[row["pass"], row["arch"], row["dtype"], row["head_dim"]] = row
-    lines: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for (pass_, arch, dtype, head_dim), row in sorted(totals.items(), key=lambda item: _footer_order(*item[0])):
-        value = row["instructions_per_element"]
-        cell = (f"{dtype}/{head_dim}", "-" if value is None else f"{value:.2f}")
-        lines.setdefault((pass_, arch), []).append(cell)
-    return lines
-
-
-def _footer_order(pass_: str, arch: str, dtype: str, head_dim: int) -> tuple[Any, ...]:
-    return (
-        not pass_.endswith("forward"),
-        pass_.startswith("planned"),
-        int(arch.removeprefix("sm_")),
-        DTYPES.index(dtype),
-        head_dim,
-    )

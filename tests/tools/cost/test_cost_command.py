@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from smca_kernels.tools.cost import command, report
+pytest.importorskip("triton")
+
+from smca_kernels.tools.cost import command, published, report
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -62,3 +64,48 @@ def test_json_into_a_missing_directory_fails_before_compiling(monkeypatch: pytes
     monkeypatch.setattr(command, "compile_report", lambda *_, **__: pytest.fail("compiled"))
     with pytest.raises(ValueError, match="--json must name a file in an existing folder"):
         command.run(parse("--json", str(tmp_path / "missing" / "cost.json")))
+
+
+def test_plain_adds_rows_of_flash_attention(monkeypatch: pytest.MonkeyPatch):
+    modules = []
+    monkeypatch.setattr(
+        command, "compile_report", lambda *_, module="ours", **__: modules.append(module) or fake_rows()
+    )
+    assert command.run(parse("--plain")) == 0
+    assert modules == ["ours", "smca_kernels.tools.cost.plain"]
+
+
+def test_timeline_takes_a_threshold_or_its_default():
+    assert (parse().timeline, parse("--timeline").timeline, parse("--timeline", "30").timeline) == (None, 12.0, 30.0)
+
+
+def test_check_prints_the_comparison_and_compiles_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(published, "compile_report", lambda *_, **__: published_rows())
+    monkeypatch.setattr(command, "compile_report", lambda *_, **__: pytest.fail("compiled"))
+    assert command.run(parse("--check")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(published.MEASUREMENTS)
+    assert any("triton-lang/triton pull 1917" in line for line in lines)
+
+
+def published_rows() -> list[report.Row]:
+    cases = {(each.card.arch, each.head_dim) for each in published.MEASUREMENTS}
+    rows = []
+    for arch, head_dim in cases:
+        empty = report._empty_row(report.Job("", arch, "fp16", head_dim, 0, "plain forward", "plain forward"))
+        rows += [empty | {"elements_per_cycle": rate, "spill_bytes": 0} for rate in (4.0, 5.0)]
+    return rows
+
+
+def test_published_is_compared_with_the_fastest_shape_at_the_cards_clock():
+    for each, modelled in published.compare(published_rows()):
+        card = each.card
+        assert modelled == pytest.approx(5.0 * card.multiprocessors * card.clock_hz * 4 * each.head_dim / 1e12)
+
+
+def test_measurement_without_a_scheduled_kernel_is_an_error():
+    rows = [row | {"elements_per_cycle": None, "error": "ptxas gave up"} for row in published_rows()]
+    with pytest.raises(ValueError, match=r"no kernel was scheduled for sm_80, head_dim 64: .*ptxas gave up"):
+        published.compare(rows)

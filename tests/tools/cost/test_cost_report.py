@@ -8,15 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from smca_kernels.tools.cost import kernel
+from smca_kernels.tools.cost.architectures import ARCHITECTURES
 from smca_kernels.tools.cost.machine_code import CLASSES
-from smca_kernels.tools.cost.report import compile_report, format_table
+from smca_kernels.tools.cost.report import compile_report
+from smca_kernels.tools.cost.tables import format_programs, format_table, format_timeline
 
 pytest.importorskip("triton")
 
 FAKE_KERNELS = "cost_kernels"
 REQUIRED_KEYS = {
     "kernel", "pass", "arch", "dtype", "head_dim", "registers", "spill_bytes", "shared_bytes",
-    "instructions_per_element", "bound_by",
+    "instructions_per_element", "bound_by", "cycles_per_trip", "elements_per_trip", "elements_per_second",
+    "issue_share", "blocks_per_sm", "num_warps", "ptxas_warnings", "cubin",
 }  # fmt: skip
 
 
@@ -27,7 +31,7 @@ def fake_report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         combinations = [(arch, "fp16", 32) for arch in (70, 80, 86, 89, 90)]
-        rows = compile_report(combinations, module=FAKE_KERNELS, sass_directory=directory)
+        rows = compile_report(combinations, module=FAKE_KERNELS, sass_directory=directory, cubin_directory=directory)
     return SimpleNamespace(rows={(row["arch"], row["kernel"]): row for row in rows}, directory=directory, all=rows)
 
 
@@ -87,3 +91,77 @@ def test_listing_shows_class_and_source_line(fake_report: SimpleNamespace):
     text = (fake_report.directory / "forward-sm_90-fp16-32.sass").read_text()
     assert text.startswith("loop 0: ")
     assert any(line.startswith("tensor") and "cost_kernels.py:" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_loop_is_scheduled_below_its_ceiling(fake_report: SimpleNamespace, arch: str):
+    row = fake_report.rows[arch, "forward"]
+    assert row["schedule_note"] == ""
+    assert row["elements_per_trip"] == 64 * 64
+    assert row["blocks_per_sm"] * row["num_warps"] == row["resident_warps"]
+    rate = row["elements_per_trip"] * row["blocks_per_sm"] / row["cycles_per_trip"]
+    limits = ARCHITECTURES[int(arch[3:])]
+    assert row["elements_per_second"] == pytest.approx(rate * limits.multiprocessors * limits.clock_hz)
+    assert 0.2 < row["elements_per_second"] / row["predicted_elements_per_second"] <= 1
+    assert all(0 <= share <= 1.05 for share in row["busy"].values())
+    assert row["waits"][0]["source"].startswith(("cost_kernels.py:", "standard.py:"))
+
+
+def test_total_of_a_pass_adds_the_time_of_its_kernels(fake_report: SimpleNamespace):
+    total, *rows = (fake_report.rows["sm_90", k] for k in ("backward total", "attention", "rows"))
+    assert 1 / total["elements_per_second"] == pytest.approx(sum(1 / row["elements_per_second"] for row in rows))
+
+
+def test_architecture_that_is_not_modelled_says_so(fake_report: SimpleNamespace):
+    row = fake_report.rows["sm_70", "forward"]
+    assert row["cycles_per_trip"] is None
+    assert row["schedule_note"] == "not scheduled: cycles of sm_70 are not modelled"
+    assert "not scheduled: cycles of sm_70 are not modelled" in format_table(fake_report.all)
+
+
+def test_cubin_and_ptx_are_written(fake_report: SimpleNamespace):
+    path = Path(fake_report.rows["sm_90", "forward"]["cubin"])
+    assert path == fake_report.directory / "forward-sm_90-fp16-32.cubin"
+    assert path.read_bytes().startswith(b"\x7fELF")
+    assert ".target sm_90a" in path.with_suffix(".ptx").read_text()
+
+
+def test_waits_are_listed_with_their_source_line(fake_report: SimpleNamespace):
+    text = format_timeline(fake_report.all, 1)
+    assert "cycles a trip of" in text
+    assert "cost_kernels.py:" in text
+    assert "\nforward sm_70" not in text
+
+
+def test_cycles_of_programs_are_listed_for_trips_per_scale(fake_report: SimpleNamespace):
+    row = fake_report.rows["sm_80", "forward"]
+    (line,) = (line for line in format_programs([row], [66, 17]).splitlines() if line.startswith("forward sm_80"))
+    expected = row["start_cycles"] + 2 * row["scale_cycles"] + 83 * row["cycles_per_trip"]
+    assert f"{expected:.0f} =" in line
+
+
+def test_ptxas_has_no_complaint_about_the_small_kernels(fake_report: SimpleNamespace):
+    assert fake_report.rows["sm_80", "forward"]["ptxas_warnings"] == []
+
+
+@pytest.mark.parametrize("name", ["nvdisasm", "cuobjdump"])
+def test_missing_tool_is_named_and_not_passed_over(name: str, monkeypatch: pytest.MonkeyPatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs, "nvidia", SimpleNamespace(**{name: SimpleNamespace(path="/nowhere/tool")}))
+    with pytest.raises(kernel.MissingTool, match=f"{name}, which comes with Triton, can't be run"):
+        kernel._tool(name, [], b"")
+
+
+def test_missing_ptxas_is_named_and_not_passed_over(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel, "_ptxas", lambda _: SimpleNamespace(path="/nowhere/ptxas", version="none"))
+    with pytest.raises(kernel.MissingTool, match="ptxas can't be run, its warnings were not read"):
+        kernel.ptxas_warnings(".target sm_90a", 90)
+
+
+def test_warning_of_ptxas_becomes_code_and_text():
+    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x"
+    assert (
+        kernel._warning(line)
+        == "C7510: Potential Performance Loss: wgmma.mma_async instructions are serialized due to x"
+    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from sass_text import sass
+from sass_text import encoded, sass
 
-from smca_kernels.tools.cost.machine_code import attention_loops, classify, parse_sass
+from smca_kernels.tools.cost.machine_code import Control, attention_loops, classify, parse_sass
 
 
 def attention_loop_texts(*lines: str) -> list[list[str]]:
@@ -105,3 +105,18 @@ def test_straight_code_has_no_loop():
 )  # fmt: skip
 def test_opcode_class(opcode: str, kind: str):
     assert classify(opcode) == kind
+
+
+def test_control_codes_are_read_from_the_encoding():
+    instructions = parse_sass(encoded(("LDS R1, [R2]", 4, 2, 5, 0b100001), "FADD R1, R1, R2"))
+    assert [i.control for i in instructions] == [Control(4, 2, 5, (0, 5)), Control(1, None, None, ())]
+
+
+def test_control_code_of_a_real_instruction():
+    # H100: S2R writes counter 1; BRA-free code, as nvdisasm -c -g -hex prints it.
+    text = """\t//## File "/home/x/forward.py", line 134
+        /*0020*/                   S2R UR33, SR_CTAID.X ;            /* 0x00000000002179c3 */
+                                                                     /* 0x000e620000002500 */"""
+    (instruction,) = parse_sass(text)
+    assert instruction.control == Control(1, 1, None, ())
+    assert (instruction.text, instruction.source) == ("S2R UR33, SR_CTAID.X ;", "forward.py:134")
