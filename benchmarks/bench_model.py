@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from smca_kernels.profiling.recorder import Profile
-    from smca_model.engine import Batch, Trainer
+    from smca_model.training.engine import Batch, Trainer
 
 NAIVE, FUSED = "naive", "fused"
 BACKENDS = {NAIVE: "reference", FUSED: "auto"}
@@ -128,8 +128,8 @@ class DetectorCase:
         import torch
 
         from smca_model import build
-        from smca_model.engine import Trainer
-        from smca_model.train import Settings
+        from smca_model.training.engine import Trainer
+        from smca_model.training.settings import Settings
 
         self.preset, self.precision, self.image_size, self.device = preset, precision, image_size, device
         torch.manual_seed(SEED)

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from smca_kernels import explain_backend, smca_attention
 from smca_kernels.profiling import measure as profiling
 from smca_kernels.testing.cases import CaseInputs
-from smca_kernels.tools.parity import BACKENDS
+from smca_kernels.tools.parity.command import BACKENDS
 
 from . import limits
 from .cases import (

@@ -23,9 +23,8 @@ from torch import Tensor
 from smca_kernels.files import replacing
 from smca_kernels.nn import OFFICIAL_NAMES
 
-from .data import NO_CLASS
+from .config import NO_CLASS, Config
 from .detector import SMCA
-from .presets import Config
 
 FORMAT = "smca_model 1"
 

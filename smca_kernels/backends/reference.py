@@ -1,6 +1,6 @@
 """SMCA co-attention in plain PyTorch, equation by equation: this file defines what is correct.
 
-    logG[k] = -(p_x (x - c_x)² + p_y (y - c_y)²)        log of the spatial prior (Eq. 3), in cells of each scale's grid
+    logG[k] = -(p_x (x - c_x)² + p_y (y - c_y)²)        log of the spatial prior (Eq. 4), in cells of each scale's grid
     P_s     = softmax_k(scale · q·k + logG)             over the keys of scale s alone (Eq. 6)
     out     = Σ_s α_s Σ_k P_s[k] v[k]                   scale-selection weights α (Eq. 7–9)
 
@@ -24,7 +24,7 @@ def cell_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Ten
 
 
 def log_prior(center: Tensor, precision: Tensor, height: int, width: int) -> Tensor:
-    """logG (Eq. 3) of one scale: center and precision [..., 2] as (x, y) → [..., height · width]."""
+    """logG (Eq. 4) of one scale: center and precision [..., 2] as (x, y) → [..., height · width]."""
     x, y = cell_coordinates(height, width, like=center)
     p_x, p_y = precision[..., 0:1], precision[..., 1:2]
     return -(p_x * (x - center[..., 0:1]) ** 2 + p_y * (y - center[..., 1:2]) ** 2)

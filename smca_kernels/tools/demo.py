@@ -418,7 +418,7 @@ class Steps:
         elapsed = time.perf_counter() - self.began
         print(f"[{self.number}/{self.total}] {elapsed:5.1f} s  {what} …", flush=True)
 
-    def tell(self, line: str) -> None:
+    def log(self, line: str) -> None:
         print(f"      {line}", flush=True)
 
 
@@ -448,14 +448,14 @@ def run(args: argparse.Namespace) -> int:
     images = load_photographs(list(PHOTOGRAPHS), SHORT_SIDE[device.type])
     batch, image_sizes = pad_batch(images)
     sizes = [f"{name} {w} × {h}" for name, (h, w) in zip(PHOTOGRAPHS, image_sizes.tolist(), strict=True)]
-    steps.tell(f"{', '.join(sizes)}, padded to {batch.shape[-1]} × {batch.shape[-2]} pixels")
+    steps.log(f"{', '.join(sizes)}, padded to {batch.shape[-1]} × {batch.shape[-2]} pixels")
 
     steps.start(f"feature maps (up to {DOWNLOAD_SECONDS} s for the weights, if they are not here yet)")
     resnet, weights = build_resnet50()
-    steps.tell(weights)
+    steps.log(weights)
     scene = make_scene(feature_maps(resnet.to(device), batch.to(device)), image_sizes)
     grids = " + ".join(f"{height}×{width}" for height, width in scene.spatial_shapes)
-    steps.tell(f"grids of {grids} = {scene.tokens.shape[1]} keys, {QUERIES} queries an image, {HEADS} heads")
+    steps.log(f"grids of {grids} = {scene.tokens.shape[1]} keys, {QUERIES} queries an image, {HEADS} heads")
 
     steps.start("parity with naive PyTorch")
     layer = build_layer(device).eval()
@@ -467,7 +467,7 @@ def run(args: argparse.Namespace) -> int:
         backends, reasons = available_backends(inputs)
         for backend in backends:
             verdicts.append(check_parity(*in_dtype[dtype], inputs, backend))
-            steps.tell(verdicts[-1][0])
+            steps.log(verdicts[-1][0])
     passed = bool(verdicts) and all(within for _, within in verdicts)
 
     repeats = REPEATS[device.type]
@@ -493,7 +493,7 @@ def run(args: argparse.Namespace) -> int:
         "not_run": reasons,
     }
     write_text(results, json.dumps(report, indent=2) + "\n")
-    steps.tell(f"{picture}, {results}")
+    steps.log(f"{picture}, {results}")
     seconds = time.perf_counter() - steps.began
     print(f"{'Parity holds' if passed else 'PARITY FAILED'}; {seconds:.0f} s in all.")
     return 0 if passed else 1

@@ -101,7 +101,7 @@ def _detector(args: argparse.Namespace, device: torch.device, dtype: str) -> Cal
     import torch
 
     from smca_model import build, weights
-    from smca_model.data import load_image, normalize, resize
+    from smca_model.data.images import load_image, normalize, resize
     from smca_model.presets import IMAGE_SIZE, TINY_IMAGE_SIZE
 
     torch.manual_seed(SEED)

@@ -29,7 +29,7 @@ from smca_kernels.testing.cases import CASES, DTYPES, Case, case_generator, make
 from smca_kernels.testing.check import run_backend
 from smca_kernels.testing.machine.check import CompiledCase, check_compiled
 from smca_kernels.testing.machine.processes import compiling_processes
-from smca_kernels.tools.compiled_parity import parse_architecture
+from smca_kernels.tools.parity.compiled import parse_architecture
 
 HOSTILE_VALUES = (math.nan, math.inf, -math.inf, 1e30, -1e30, 3e9, -3e9)
 HOSTILE_PRECISIONS = (math.nan, math.inf, 1e30, 3e9, 1e-40)

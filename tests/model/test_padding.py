@@ -34,7 +34,7 @@ def test_the_command_prints_a_row_for_each_backbone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("skimage")
-    monkeypatch.setattr(padding, "SUBJECTS", padding.SUBJECTS[-1:])
+    monkeypatch.setattr(padding, "BACKBONES", padding.BACKBONES[-1:])
     padding.main()
     title, row = capsys.readouterr().out.splitlines()
     assert title.startswith("Change of features beside 240 pixels of padding")

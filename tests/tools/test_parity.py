@@ -19,7 +19,7 @@ from smca_kernels.backends import reference
 from smca_kernels.backends.sdpa import operator as sdpa
 from smca_kernels.inputs import AttentionInputs
 from smca_kernels.testing.cases import Case
-from smca_kernels.tools import parity
+from smca_kernels.tools.parity import command as parity
 
 
 def run_parity(*arguments: str) -> int:
@@ -165,7 +165,7 @@ def test_on_a_cpu_the_kernels_run_through_the_interpreter_without_being_told() -
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     program = (
-        "import sys; from smca_kernels.tools import parity; from smca_kernels.tools.cli import main;"
+        "import sys; from smca_kernels.tools.parity import command as parity; from smca_kernels.tools.cli import main;"
         "parity.CASES = parity.CASES[:1];"
         "sys.exit(main('parity --device cpu --backend triton --dtype float16 --quick'.split()))"
     )

@@ -1,10 +1,10 @@
 """Backward pass of the portable backend, with P recomputed in blocks of queries.
 
-    dS = α P (dP - Σ P dP) with dP = dO·v,     dp = -Σ dS (x - c)²,     dc = 2 p Σ dS (x - c)
+    dS = α P (dP - Σ P dP) with dP = dO·v,     dp = -Σ dS (x - n) (x + n - 2c),     dc = 2 p Σ dS (x - n)
 
-SDPA's own backward would not do: the gradients of center and precision are moments of dS around each query's own
-center, and its widened columns give moments around the grid's middle, where terms a thousand times as large cancel
-after they were rounded.
+As Σ dS = 0, moments around any origin do; n, the cell nearest to the center c, leaves no large terms to cancel.
+SDPA's own backward would not do: its widened columns give moments around the grid's middle, where terms a thousand
+times as large cancel after they were rounded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from torch.nn.functional import one_hot
 
 from smca_kernels.backends.reference import ignored_keys
 from smca_kernels.backends.sdpa.columns import exact_dtype
-from smca_kernels.backends.sdpa.forward import CPU_BLOCK, MAX_DENSE_SCORES, full_dtype, grid_cells, narrow
+from smca_kernels.backends.sdpa.forward import (
+    CPU_BLOCK,
+    MAX_DENSE_SCORES,
+    full_dtype,
+    grid_cells,
+    narrow,
+    nearest_cells,
+)
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 DEVICE_BLOCK = 2**24  # scores of a block on anything but a CPU
@@ -72,10 +79,10 @@ class GradientAccumulator:
         self.q = q * inputs.scale  # [B · H, N, D]
         weights = inputs.scale_weights
         self.weights = None if weights is None else merge_heads(weights, heads, dtype)  # [B · H, N, S]
+        self.ignored_keys = ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
         # per scale [B · H, 1, height · width]
         self.ignored = [
-            None if mask is None else mask.repeat_interleave(heads, 0).unsqueeze(1)
-            for mask in ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
+            None if mask is None else mask.repeat_interleave(heads, 0).unsqueeze(1) for mask in self.ignored_keys
         ]
         self.grad_q = torch.zeros_like(q)  # [B · H, N, D], of the scaled queries
         self.grad_k = torch.zeros_like(self.k)  # [B · H, T, D]
@@ -84,7 +91,7 @@ class GradientAccumulator:
 
     def add(
         self,
-        workspace: Tensor,  # [3, heads or tiles, n, keys]: -logG, and space for two more
+        workspace: Tensor,  # [3, heads or tiles, n, keys]: logG, and space for two more
         block: tuple[slice, slice, slice, int],  # heads, queries, keys, scale
     ) -> tuple[Tensor, Tensor]:
         """Add the gradients of a block: all keys of a scale for some heads, or for one head in tiles.
@@ -103,7 +110,7 @@ class GradientAccumulator:
             return rows.sum(0, keepdim=True) if is_tiled else rows
 
         q, grad, k, v = self.q[h, n], self.grad[h, n], per_tile(self.k[h, t]), per_tile(self.v[h, t])
-        scores.baddbmm_(q.expand(batch, -1, -1), k.transpose(1, 2), beta=-1)
+        scores.baddbmm_(q.expand(batch, -1, -1), k.transpose(1, 2))
         ignored = self.ignored[s]
         if ignored is not None:
             ignored = ignored[h].view(batch, 1, -1) if is_tiled else ignored[h]
@@ -132,21 +139,25 @@ class GradientAccumulator:
 
 def backward_dense(gradients: GradientAccumulator, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Gradients of center and precision [B · H, N, S, 2] by distances of queries × keys, for a few scores."""
-    q, heads = gradients.q, inputs.query.shape[1]
+    q, heads, shapes = gradients.q, inputs.query.shape[1], inputs.spatial_shapes
     batch_heads, queries, _ = q.shape
-    center, precision = (merge_heads(tensor, heads, q.dtype) for tensor in (inputs.center, inputs.precision))
+    nearest, mirrored = (
+        merge_heads(tensor, heads, q.dtype)
+        for tensor in nearest_cells(inputs.center, gradients.ignored_keys, shapes, q.dtype)
+    )
+    precision = merge_heads(inputs.precision, heads, q.dtype)
     grad_center, grad_precision, start = [], [], 0
-    for s, cells in enumerate(grid_cells(inputs.spatial_shapes, q.dtype, q.device)):
+    for s, cells in enumerate(grid_cells(shapes, q.dtype, q.device)):
         p, keys = narrow(precision, 2, s, 1), cells.shape[0]
-        distance = cells - narrow(center, 2, s, 1)  # [B · H, N, keys, 2]
-        workspace = q.new_empty(3, *distance.shape[:-1])
-        torch.linalg.vecdot(distance * p, distance, out=workspace[0])
+        behind = narrow(nearest, 2, s, 1) - cells  # [B · H, N, keys, 2]
+        product = behind * (cells + narrow(mirrored, 2, s, 1))
+        workspace = q.new_empty(3, *behind.shape[:-1])
+        torch.linalg.vecdot(product, p, out=workspace[0])
         block = slice(0, batch_heads), slice(0, queries), slice(start, start + keys), s
         grad_s, factor = gradients.add(workspace, block)
-        grad_s, distance = grad_s.view(-1, 1, keys), distance.flatten(0, 1)
-        factor = factor.unsqueeze(-1)
-        grad_center.append(torch.bmm(grad_s, distance).view(p.shape).mul_(p).mul_(factor).mul_(2.0))
-        grad_precision.append(torch.bmm(grad_s, distance.mul_(distance)).view(p.shape).mul_(factor).neg_())
+        grad_s, factor = grad_s.view(-1, 1, keys), factor.unsqueeze(-1)
+        grad_center.append(torch.bmm(grad_s, behind.flatten(0, 1)).view(p.shape).mul_(p).mul_(factor).mul_(-2.0))
+        grad_precision.append(torch.bmm(grad_s, product.flatten(0, 1)).view(p.shape).mul_(factor))
         start += keys
     return torch.cat(grad_center, 2), torch.cat(grad_precision, 2)
 
@@ -161,7 +172,10 @@ def backward_in_blocks(gradients: GradientAccumulator, inputs: AttentionInputs) 
     exact = exact_dtype(q.device)
     axes = grid_axes(shapes, exact, q.device)
     total = axes.total.to(q.dtype)
-    center, precision = (merge_heads(tensor, heads, exact).flatten(2) for tensor in (inputs.center, inputs.precision))
+    nearest, mirrored, precision = (
+        merge_heads(tensor, heads, exact).flatten(2)
+        for tensor in (*nearest_cells(inputs.center, gradients.ignored_keys, shapes, exact), inputs.precision)
+    )
     grad_center, grad_precision = (q.new_empty(batch_heads, queries, 2 * len(shapes)) for _ in range(2))
     limit = max_block_scores(q.device)
     # Reused from block to block: fresh memory would cost a page fault every 4 KiB.
@@ -171,17 +185,15 @@ def backward_in_blocks(gradients: GradientAccumulator, inputs: AttentionInputs) 
     for first in range(0, batch_heads, step):
         group = slice(first, min(first + step, batch_heads))
         index = axes.of_coordinate.expand(group.stop - first, queries, -1)
-        p, c = (tensor[group].gather(2, index) for tensor in (precision, center))
-        distance = axes.coordinate - c  # [heads of the group, N, Σ width + height]
-        # Rounded to q's dtype only where it is small, near the center.
-        prior = (distance * distance).mul_(p)
-        p, distance = p.to(q.dtype), distance.to(q.dtype)
+        origin, mirror, p = (tensor[group].gather(2, index) for tensor in (nearest, mirrored, precision))
+        distance = axes.coordinate - origin  # [heads of the group, N, Σ width + height]
+        product = (axes.coordinate + mirror).mul_(distance)
+        prior = (product * p).to(q.dtype)
+        distance, product, p = distance.to(q.dtype), product.to(q.dtype), p.to(q.dtype)
         over_other = torch.empty_like(p)  # dS summed over the other axis
         for s, (height, width) in enumerate(shapes):
             keys, columns, rows = axes.slices[s]
-            prior_x, prior_y = (
-                (part - part.amin(-1, keepdim=True)).to(q.dtype) for part in (prior[..., columns], prior[..., rows])
-            )
+            prior_x, prior_y = prior[..., columns], prior[..., rows]
             for h, n in blocks_of(group.stop - first, queries, height * width, limit):
                 tiles = tiles_per_head(height, width) if h.stop - h.start == 1 else 1
                 size = tiles * (h.stop - h.start), n.stop - n.start, height * width // tiles
@@ -190,14 +202,14 @@ def backward_in_blocks(gradients: GradientAccumulator, inputs: AttentionInputs) 
                 of_rows, of_columns = prior_y[h, n].unflatten(2, (tiles, -1)), prior_x[h, n].unsqueeze(2)
                 grid = scores[0].unflatten(2, (-1, width))
                 torch.add(of_rows.transpose(1, 2).flatten(0, 1).unsqueeze(3), of_columns, out=grid)
+                grid.neg_()
                 block = slice(first + h.start, first + h.stop), n, keys, s
                 grad_s, factor = gradients.add(scores, block)
                 grid = grad_s.unflatten(2, (-1, width)).unflatten(0, (-1, tiles))  # [heads, tiles, n, rows, width]
                 over_other[h, n, columns] = grid.sum(3).sum(1) * factor
                 over_other[h, n, rows] = grid.sum(4).transpose(1, 2).flatten(2) * factor
-        over_other *= distance
-        torch.matmul(over_other * p, total * 2, out=grad_center[group])
-        torch.matmul(over_other.mul_(distance), -total, out=grad_precision[group])
+        torch.matmul(over_other * product, -total, out=grad_precision[group])
+        torch.matmul(over_other.mul_(distance).mul_(p), total * 2, out=grad_center[group])
     shape = batch_heads, queries, len(shapes), 2
     return grad_center.view(shape), grad_precision.view(shape)
 

@@ -89,10 +89,11 @@ def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
     if query.dtype != dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    nearest, mirrored = nearest_cells(inputs.center, ignored, shapes, dtype)
     outputs, start = [], 0
     for s, cells in enumerate(grid_cells(shapes, dtype, query.device)):
-        distance = cells - narrow(inputs.center, 3, s, 1)  # [B, H or 1, N, height · width, 2]
-        bias = torch.linalg.vecdot(distance * narrow(inputs.precision, 3, s, 1), distance).neg_()
+        behind = narrow(nearest, 3, s, 1) - cells  # [B, H or 1, N, height · width, 2]
+        bias = torch.linalg.vecdot(behind * narrow(inputs.precision, 3, s, 1), cells + narrow(mirrored, 3, s, 1))
         mask = ignored[s]
         if mask is not None:
             bias = bias.masked_fill(mask[:, None, None], -torch.inf)
@@ -102,6 +103,35 @@ def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
         outputs.append(output if mask is None else _zero_where(mask.all(1), output))
         start += keys
     return outputs
+
+
+def nearest_cells(
+    center: Tensor, ignored: list[Tensor | None], shapes: SpatialShapes, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """n and n - 2c [B, H or 1, N, S, 2] in `dtype`, with n the position of the valid cell nearest to the center c.
+
+    Seen from there nothing cancels, however far outside c lies or however narrow the prior is:
+
+        p (x - c)² = p (x - n) (x + n - 2c)  +  a constant of the row
+    """
+    if center.dtype != dtype:
+        center = center.to(dtype)
+    masks = [mask for mask in ignored if mask is not None]
+    first, last = grid_corners(shapes, dtype, center.device)
+    if masks:
+        middle = (last + 1).div(2, rounding_mode="floor")
+        low, high = valid_ranges(masks, shapes, dtype)
+        first, last = low + middle, high + middle
+    nearest = torch.clamp(center.round(), first, last)
+    return nearest, torch.add(nearest, center, alpha=-2)
+
+
+@lru_cache(maxsize=64)
+def grid_corners(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(x, y) of the first and the last cell of each grid, [S, 2] each."""
+    with torch.inference_mode(False):
+        last = torch.tensor([(width - 1, height - 1) for height, width in shapes], dtype=dtype, device=device)
+        return torch.zeros_like(last), last
 
 
 def narrow(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:

@@ -24,7 +24,7 @@ def attention(inputs: AttentionInputs) -> Tensor:
         # Only SDPA knows what it dropped, so its own backward has to follow, in float32 for the columns' sake.
         outputs = widened_outputs(inputs, full_dtype(query))
         return combine_scales(outputs, inputs.scale_weights).to(query.dtype)
-    out: Tensor = (_forward_operator if is_traced(query) else _Attention.apply)(*inputs.flat())
+    out: Tensor = _forward_operator(*inputs.flat()) if is_traced(query) else _Attention.apply(inputs, *inputs.flat())
     return out
 
 
@@ -71,11 +71,10 @@ def _saved_arguments(ctx: Any) -> tuple[Any, ...]:
 
 
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return _wanted(ctx, _backward_operator(grad_out, *_saved_arguments(ctx)))
+    return _wanted(ctx.needs_input_grad, _backward_operator(grad_out, *_saved_arguments(ctx)))
 
 
-def _wanted(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad
+def _wanted(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     pairs = zip(gradients, wanted[: len(DIFFERENTIABLE)], strict=True)
     return *(gradient if is_wanted else None for gradient, is_wanted in pairs), *(None for _ in wanted[6:])
 
@@ -94,12 +93,15 @@ class _Attention(torch.autograd.Function):
     """The operator without its dispatch."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        _save_for_backward(ctx, arguments, arguments[0])
-        return forward(AttentionInputs.of_flat(arguments))
+    def forward(ctx: Any, inputs: AttentionInputs, *flat: Any) -> Tensor:  # flat: autograd looks for tensors there
+        _save_for_backward(ctx, flat, flat[0])
+        return forward(inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flat = _saved_arguments(ctx)
         if torch.is_grad_enabled():  # a graph of this backward is wanted, which the operator's refuses to be
-            return _differentiate(ctx, grad_out)
-        return _wanted(ctx, backward(grad_out, AttentionInputs.of_flat(_saved_arguments(ctx))))
+            gradients = _backward_operator(grad_out, *flat)
+        else:
+            gradients = backward(grad_out, AttentionInputs.of_flat(flat))
+        return None, *_wanted(ctx.needs_input_grad[1:], gradients)

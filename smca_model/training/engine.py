@@ -16,25 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .seeds import DROPOUT, IMAGE_ORDER, derived_seed
 
 if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
-    from .data import CocoDetection
-    from .detector import SMCA
-    from .train import Settings
+    from ..data.coco import CocoDetection
+    from ..detector import SMCA
+    from .settings import Settings
 
     Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
-ORDER, DROPOUT, WEIGHTS = range(3)  # what a seed is derived for
-
 
 # ----------------------------------------------------------------------------------------------------- images in order
-
-
-def derived_seed(*numbers: int) -> int:
-    """A seed for one purpose, well mixed from the numbers that name the purpose."""
-    import numpy
-
-    return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> 1)
 
 
 def batches(
@@ -45,7 +37,7 @@ def batches(
     All processes share one order of the images; the batches of a step are neighbours in it, so that two processes
     see what one with twice the batch size sees. The last images of the order that fill no step are left out.
     """
-    generator = torch.Generator().manual_seed(derived_seed(settings.seed, ORDER, epoch))
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, IMAGE_ORDER, epoch))
     order = torch.randperm(length, generator=generator).tolist()
     size = settings.batch_size
     at_once = size * world_size
@@ -56,7 +48,7 @@ def batches(
 
 def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Batch]]:
     """The batches of each step that the current epoch still has, for this process."""
-    from .data import load_batches
+    from ..data.coco import load_batches
 
     settings = trainer.settings
     epoch, first_step = divmod(trainer.step, trainer.steps_per_epoch)
@@ -71,7 +63,7 @@ def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Bat
 
 
 class Trainer:
-    """A model in training: what a checkpoint holds, and the step.
+    """A model in training: the state that a checkpoint holds, and the step.
 
     Args:
         model: what `smca_model.build` gives, on its device.

@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
-from smca_model import digits
+from smca_model.data import digits
 
 TRAIN, VAL = 30, 12
 
@@ -50,7 +50,7 @@ def only_digit(generator_seed: int, background: float) -> tuple[np.ndarray, list
 def test_it_is_a_data_folder_of_ten_classes(folder: Path) -> None:
     pytest.importorskip("pycocotools")
     pytest.importorskip("torchvision")
-    from smca_model.data import CocoDetection, find_split
+    from smca_model.data.coco import CocoDetection, find_split
 
     for split, scenes in (("train", TRAIN), ("val", VAL)):
         dataset = CocoDetection(*find_split(folder, split), train=False, sizes=(96,))
@@ -59,7 +59,7 @@ def test_it_is_a_data_folder_of_ten_classes(folder: Path) -> None:
         assert dataset.degenerate_boxes == 0
         for image, target in map(dataset.__getitem__, range(scenes)):
             assert image.shape == (3, 96, 96)
-            assert 1 <= len(target["labels"]) <= digits.MOST_DIGITS
+            assert 1 <= len(target["labels"]) <= digits.MAX_DIGITS
             assert target["dropped_boxes"] == 0
 
 
@@ -129,7 +129,7 @@ def test_digits_hardly_overlap_and_lie_in_the_scene(folder: Path) -> None:
             assert max(w, h) <= 40
             for a, b, c, d in boxes[:i]:
                 shared = max(0, min(x + w, a + c) - max(x, a)) * max(0, min(y + h, b + d) - max(y, b))
-                assert shared <= digits.OVERLAP * min(w * h, c * d)
+                assert shared <= digits.MAX_OVERLAP * min(w * h, c * d)
 
 
 def test_the_same_seed_gives_the_same_folder_and_another_seed_another(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-APART = 1.0
+MIN_SECONDS_BETWEEN_REQUESTS = 1.0  # a scheduler and torchrun may each pass on the same one
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,7 +25,7 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
     """While entered, SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once.
 
-    The second must come `APART` seconds later: a scheduler and torchrun may each pass on the same request.
+    The second must come `MIN_SECONDS_BETWEEN_REQUESTS` later.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def stopping_at_once(self) -> Iterator[None]:
-        """Where nothing is lost, and the end of the step is far."""
+        """Stop at the first signal: for work that loses nothing, while the end of the step is far."""
         self.at_once = True
         try:
             yield
@@ -56,7 +56,7 @@ class StopSignals:
     def _receive(self, number: int, frame: object) -> None:
         if os.getpid() != self._pid:
             return
-        if self.at_once or (self.number and time.monotonic() - self._first >= APART):
+        if self.at_once or (self.number and time.monotonic() - self._first >= MIN_SECONDS_BETWEEN_REQUESTS):
             raise Stopped(number)
         if not self.number:
             self.number, self._first = number, time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -24,20 +25,22 @@ for package in (
     pytest.importorskip(package)
 
 from smca_kernels.tools import cli  # noqa: E402
-from smca_kernels.tools import demo as operator_demo  # noqa: E402
-from smca_model import demo, train  # noqa: E402
+from smca_kernels.tools import demo as layer_demo  # noqa: E402
+from smca_model.demo import learning  # noqa: E402
+from smca_model.presets import build  # noqa: E402
+from smca_model.training.engine import Trainer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps on a handful of scenes, after an operator's part that does nothing."""
-    monkeypatch.setattr(demo, "TRAIN_SCENES", 8)
-    monkeypatch.setattr(demo, "VAL_SCENES", 3)
-    monkeypatch.setattr(demo, "WITH_ATTENTION", 1)
-    monkeypatch.setattr(demo, "SCORE", 0.0)
+    monkeypatch.setattr(learning, "TRAIN_SCENES", 8)
+    monkeypatch.setattr(learning, "VAL_SCENES", 3)
+    monkeypatch.setattr(learning, "WITH_ATTENTION", 1)
+    monkeypatch.setattr(learning, "SCORE", 0.0)
     training = {"batch_size": 4, "epochs": 1, "lr_drop": 1, "lr": 1e-4}
-    monkeypatch.setattr(demo, "TRAINING", {"cpu": training, "cuda": training})
-    monkeypatch.setattr(operator_demo, "run", lambda args: args.out.mkdir(exist_ok=True) or 0)
+    monkeypatch.setattr(learning, "TRAINING", {"cpu": training, "cuda": training})
+    monkeypatch.setattr(layer_demo, "run", lambda args: args.out.mkdir(exist_ok=True) or 0)
 
 
 def test_compare_trains_both_and_leaves_weights_curves_and_pictures(
@@ -62,27 +65,27 @@ def test_compare_trains_both_and_leaves_weights_curves_and_pictures(
 
 
 def test_the_twin_differs_in_the_prior_alone() -> None:
-    smca, detr = (train.build(preset, 10).config for preset in ("smca-tiny", "detr-tiny"))
+    smca, detr = (build(preset, 10).config for preset in ("smca-tiny", "detr-tiny"))
     assert (smca.modulation, detr.modulation) == ("per_head", "none")
     assert {**vars(smca), "modulation": ""} == {**vars(detr), "modulation": ""}
 
 
 def test_another_number_of_epochs_drops_the_learning_rate_at_the_same_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "TRAINING", {"cpu": {"epochs": 6, "lr_drop": 4, "lr": 1e-4}})
-    longer = demo.settings_for("detr-tiny", Path("data"), Path("out"), "cpu", 0, epochs=9)
+    monkeypatch.setattr(learning, "TRAINING", {"cpu": {"epochs": 6, "lr_drop": 4, "lr": 1e-4}})
+    longer = learning.settings_for("detr-tiny", Path("data"), Path("out"), "cpu", 0, epochs=9)
     assert (longer.epochs, longer.lr_drop) == (9, 6)
 
 
 def test_an_interrupted_demo_says_so_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = train.Trainer.train_step
+    real = Trainer.train_step
 
-    def interrupt(self: train.Trainer, batches: Any) -> dict[str, float]:
+    def interrupt(self: Trainer, batches: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGINT)
         return real(self, batches)
 
-    monkeypatch.setattr(train.Trainer, "train_step", interrupt)
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
     out = tmp_path / "out"
     (out / "detector").mkdir(parents=True)
     (out / "detector" / "of_an_earlier_demo").touch()
@@ -92,16 +95,16 @@ def test_an_interrupted_demo_says_so_and_leaves_what_was_there(
 
 
 def test_the_detector_is_left_out_where_the_operator_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator_demo, "run", lambda args: 1)
-    monkeypatch.setattr(demo, "run_detector", lambda *a, **k: pytest.fail("the detector was trained"))
+    monkeypatch.setattr(layer_demo, "run", lambda args: 1)
+    monkeypatch.setattr(learning, "run_detector", lambda *a, **k: pytest.fail("the detector was trained"))
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
 
 
 def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = demo.importlib.util.find_spec
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2
     assert "needs scikit-learn: pip install 'smca_kernels[model,demo]'" in capsys.readouterr().err
 
@@ -113,18 +116,18 @@ def test_the_number_of_threads_is_the_fastest_and_put_back_afterwards(
         pytest.skip("threads matter on a CPU")
     before = torch.get_num_threads()
     trained_with: list[int] = []
-    real = train.Trainer.train_step
+    real = Trainer.train_step
 
-    def train_step(self: train.Trainer, batches: Any) -> dict[str, float]:
+    def train_step(self: Trainer, batches: Any) -> dict[str, float]:
         trained_with.append(torch.get_num_threads())
         return real(self, batches)
 
-    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     # As on a busy machine: the more threads, the slower.
-    monkeypatch.setattr(demo, "interleaved_times", lambda *_: {"step": [float(torch.get_num_threads())]})
+    monkeypatch.setattr(learning, "interleaved_times", lambda *_: {"step": [float(torch.get_num_threads())]})
     torch.set_num_threads(2)
     try:
-        demo.run_detector(tmp_path, compare=False, seed=1)
+        learning.run_detector(tmp_path, compare=False, seed=1)
         assert trained_with == [1, 1]
         assert torch.get_num_threads() == 2
     finally:

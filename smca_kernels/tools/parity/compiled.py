@@ -1,7 +1,6 @@
 """`smca parity --compiled sm_90`: the kernels as this Triton compiles them for a card, executed and held to the budget.
 
-No GPU is needed: the PTX is executed by smca_kernels.testing.machine. `python -m smca_kernels.tools.compiled_parity`
-runs it alone.
+No GPU is needed: the PTX is executed by smca_kernels.testing.machine.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import argparse
 import importlib.util
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +16,7 @@ from dataclasses import replace
 from smca_kernels.testing.cases import CASES, DTYPES, Case
 from smca_kernels.testing.machine.check import CompiledCase, check_compiled
 from smca_kernels.testing.machine.processes import compiling_processes
-from smca_kernels.tools.parity import Row
+from smca_kernels.tools.parity.rows import Row
 
 ARCHITECTURES = (80, 86, 89, 90)  # that the machine executes
 MAX_JOBS = 8  # processes, each with a torch of its own
@@ -47,7 +45,7 @@ def parse_architecture(text: str) -> int:
 
 
 def compiled_cases(arch: int, quick: bool, dtypes: Sequence[str]) -> list[CompiledCase]:
-    """What is run, in order."""
+    """List the cases to run, in order."""
     cases = [CompiledCase(arch, case) for case in CASES if not case.large and (case.quick or not quick)]
     cases += [CompiledCase(arch, SPLIT, schedules=3), CompiledCase(arch, DROPOUT, dropout_p=0.3)]
     return [replace(each, case=replace(each.case, dtype=dtype)) for dtype in dtypes for each in cases]
@@ -97,25 +95,3 @@ def _run_case(compiled: CompiledCase, seed: int) -> Row:
     elif outcome.problems:
         row.status, row.reason = "failed", "; ".join(outcome.problems)
     return row
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run it alone; exit status 0 if every case that ran is right and one did, else 1."""
-    from smca_kernels.tools import parity
-
-    parser = argparse.ArgumentParser(prog="python -m smca_kernels.tools.compiled_parity", description=OUTSIDE)
-    parser.add_argument("arch", type=parse_architecture, help="sm_80, sm_86, sm_89 or sm_90")
-    parser.add_argument("--quick", action="store_true", help="only the cases that tell most")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="default: all")
-    parser.add_argument("--seed", type=int, help="default: a fresh one, printed")
-    args = parser.parse_args(argv)
-    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    print(f"seed {seed} (repeat with --seed {seed}); numbers are error / budget, at most 1 passes\n")
-    rows = run_compiled(args.arch, args.quick, seed, args.dtype, parity._print_row)
-    parity._print_summary(rows)
-    print(OUTSIDE)
-    return 0 if any(row.ran for row in rows) and all(row.status in ("passed", "skipped") for row in rows) else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,53 +8,36 @@ A data folder is laid out as `smca data digits` writes it, or as COCO itself is:
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import json
-import math
 import os
 import signal
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
 
+from ..config import MAX_SIZE, NO_CLASS, SIZES
+from .annotations import make_coco, read_annotations, some_of
+from .images import DataError, format_size, load_image, normalize, resize
+
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
 LAYOUTS = (("{}", "annotations/{}.json"), ("{}2017", "annotations/instances_{}2017.json"))
-SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # DETR's short sides, in pixels
-MAX_SIZE = 1333
 # DETR crops from images of short side 400, 500 or 600, sides of 384 to 600 pixels: parts of its largest size, 800.
 CROP_FROM = (0.5, 0.625, 0.75)
 CROP_SIDE = (0.48, 0.75)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel
-NO_CLASS = "N/A"  # the name of a label that means nothing, as some of COCO's 91
 
 Target = dict[str, Any]
-
-
-class DataError(ValueError):
-    """Data that can't be used; the message names the file.
-
-    A DataLoader's worker passes an error on as one of the same class, with the text of its traceback as message: the
-    last line of that says all.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].rpartition("DataError: ")[-1])
 
 
 def find_split(folder: Path, split: str) -> tuple[Path, Path]:
@@ -74,7 +57,7 @@ def find_split(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def check_classes(model_classes: Sequence[str], dataset_classes: Sequence[str]) -> None:
-    """Refuses a model whose classes are not those of the dataset, whatever their order; "N/A" doesn't count.
+    """Refuse a model whose classes are not those of the dataset, whatever their order; "N/A" doesn't count.
 
     Raises:
         ValueError: naming both lists.
@@ -147,7 +130,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         # In shared memory, so that the workers of a DataLoader see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-        data = _read(self.annotations)
+        data = read_annotations(self.annotations)
         entries = sorted(data["images"], key=lambda entry: entry["id"])
         categories = sorted(data["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
@@ -175,7 +158,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._starts = torch.searchsorted(ranks, torch.arange(len(entries) + 1))
         if not len(self._boxes):
             raise ValueError(f"annotations must have at least one box that is no crowd, {self.annotations} has none")
-        self._tell_clipped()
+        self._warn_of_clipped()
 
     def _check_files(self) -> None:
         if not self.images.is_dir():
@@ -186,10 +169,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if missing:
             raise ValueError(
                 f"images must hold every file of {self.annotations}, but {len(missing)} of {len(self.files)} are not "
-                f"in {self.images}: {_several(missing)}"
+                f"in {self.images}: {some_of(missing)}"
             )
 
-    def _tell_clipped(self) -> None:
+    def _warn_of_clipped(self) -> None:
         counts = self._starts.diff()
         limits = torch.tensor([[w, h] for h, w in self.orig_sizes]).repeat_interleave(counts, 0)
         # Less than a pixel is rounding in the file.
@@ -198,7 +181,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             ids = torch.tensor(self.image_ids).repeat_interleave(counts)[beyond].unique().tolist()
             warnings.warn(
                 f"{self.annotations}: {int(beyond.sum())} of {len(beyond)} boxes reach beyond their image and are "
-                f"clipped, in the images with ids {_several(ids)}",
+                f"clipped, in the images with ids {some_of(ids)}",
                 stacklevel=3,
             )
 
@@ -213,7 +196,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         path, orig_size = self.images / self.files[index], self.orig_sizes[index]
         image = load_image(path)
         if tuple(image.shape[1:]) != orig_size:
-            wanted, got = _size(*orig_size), _size(*image.shape[1:])
+            wanted, got = format_size(*orig_size), format_size(*image.shape[1:])
             raise DataError(f"image {path} must be of the size in {self.annotations}, {wanted}, got {got}")
         here = slice(int(self._starts[index]), int(self._starts[index + 1]))
         boxes = tv_tensors.BoundingBoxes(self._boxes[here].clone(), format="XYXY", canvas_size=orig_size)
@@ -263,7 +246,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
         Annotations are numbered from 1, because to that evaluation a box matched to number 0 is not matched.
         """
-        data = _read(self.annotations)
+        data = read_annotations(self.annotations)
         for number, annotation in enumerate(data["annotations"], 1):
             annotation["id"] = number
         return make_coco(data)
@@ -308,111 +291,3 @@ def _ignore_signals(worker: int) -> None:
     # Ctrl-C, torchrun and schedulers signal whole process groups; the process that loads for decides what that means.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def load_image(path: Path) -> Tensor:
-    """An image file as uint8 [3, H, W], RGB.
-
-    Raises:
-        DataError: when it can't be read, naming the file.
-    """
-    try:
-        with Image.open(path) as image:
-            return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
-    # Broken PNGs raise SyntaxError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {path} can't be read: {error}") from None
-
-
-def resize(image: Tensor, short: int, max_size: int | None = MAX_SIZE) -> Tensor:
-    """An image [3, H, W] with the shorter side of that many pixels, or fewer where the longer would exceed max_size."""
-    return transforms.resize(image, [short], max_size=max_size, antialias=True)
-
-
-def normalize(image: Tensor) -> Tensor:
-    """uint8 [3, H, W] → float32, as the model takes it: ImageNet's mean and deviation taken off each channel."""
-    image = transforms.to_dtype(image, torch.float32, scale=True)
-    return transforms.normalize(image, MEAN, STD).as_subclass(Tensor)
-
-
-def make_coco(data: dict[str, Any]) -> COCO:
-    """pycocotools' object for a dict in COCO's format, without what it would print."""
-    from pycocotools.coco import COCO  # what evaluates needs it, what detects does not
-
-    coco = COCO()
-    coco.dataset = data
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The images, categories and annotations of a file, checked; without masks, with every area and iscrowd."""
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"annotations must be a file that can be read, got {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"annotations must be JSON, got {path}: {error}") from None
-    parts = ("images", "categories", "annotations")
-    if not isinstance(data, dict) or not all(isinstance(data.get(part), list) for part in parts):
-        raise ValueError(f"annotations must be a JSON object with the lists {', '.join(parts)}, got {path}")
-    fields = {
-        "images": {"id": int, "file_name": str, "height": int, "width": int},
-        "categories": {"id": int, "name": str},
-        "annotations": {"image_id": int, "category_id": int, "bbox": list},
-    }
-    for part, kinds in fields.items():
-        for place, entry in enumerate(data[part]):
-            for field, kind in kinds.items():
-                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
-                    raise ValueError(
-                        f"{path}: {part}[{place}] must have {field} ({kind.__name__}), got {_short(entry)}"
-                    )
-    for part, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
-        values = [entry[field] for entry in data[part]]
-        if len(set(values)) < len(values):
-            repeated = [value for value, count in Counter(values).items() if count > 1]
-            raise ValueError(f"{path}: each {field} in {part} must be there once, repeated: {_several(repeated)}")
-    for part in ("images", "categories"):
-        if not data[part]:
-            raise ValueError(f"{path}: {part} must not be empty")
-    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in data["images"]}
-    names = {category["id"]: category["name"] for category in data["categories"]}
-    for annotation in data["annotations"]:
-        annotation.pop("segmentation", None)
-        _check_annotation(annotation, sizes, names, path)
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return {part: data[part] for part in parts}
-
-
-def _check_annotation(
-    annotation: dict[str, Any], sizes: dict[int, tuple[int, int]], names: dict[int, str], path: Path
-) -> None:
-    image, category, bbox = annotation["image_id"], annotation["category_id"], annotation["bbox"]
-    what = f"{path}: annotation {annotation.get('id', '')} of image {image}"
-    if image not in sizes:
-        raise ValueError(f"{what}: there is no image of that id")
-    if category not in names:
-        known = ", ".join(f"{number} {name}" for number, name in names.items())
-        raise ValueError(f"{what}: category_id must be one of the categories ({known}), got {category}")
-    if len(bbox) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox) or min(bbox[2:]) < 0:
-        raise ValueError(f"{what}: bbox must be [x, y, width, height] in pixels, got {bbox}")
-    x, y, width, height = bbox
-    rows, columns = sizes[image]
-    if min(width, height) > 0 and not (x < columns and y < rows and x + width > 0 and y + height > 0):
-        raise ValueError(f"{what}: bbox [x, y, width, height] = {bbox} lies outside the image, {_size(rows, columns)}")
-
-
-def _size(height: int, width: int) -> str:
-    return f"{width} × {height} pixels"
-
-
-def _several(values: Sequence[object], shown: int = 5) -> str:
-    return ", ".join(map(str, values[:shown])) + (", …" if len(values) > shown else "")
-
-
-def _short(entry: object, length: int = 200) -> str:
-    text = json.dumps(entry)
-    return text if len(text) <= length else text[:length] + "…"

@@ -8,12 +8,12 @@ import threading
 
 import pytest
 
-from smca_model import signals
-from smca_model.signals import Stopped, StopSignals
+from smca_model.training import signals
+from smca_model.training.signals import Stopped, StopSignals
 
 
 def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "APART", 0.0)
+    monkeypatch.setattr(signals, "MIN_SECONDS_BETWEEN_REQUESTS", 0.0)
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM

@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 ops = pytest.importorskip("torchvision.ops")
 
 from smca_model import build_criterion  # noqa: E402
-from smca_model.matcher import match  # noqa: E402
+from smca_model.training.matcher import match  # noqa: E402
 
 CLASSES, QUERIES = 4, 6
 

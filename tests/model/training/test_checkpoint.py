@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from smca_model import checkpoint
+from smca_model.training import checkpoint
 
 
 def test_a_checkpoint_that_cant_be_written_leaves_the_one_before(

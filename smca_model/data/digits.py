@@ -8,13 +8,13 @@ photograph is in both splits.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from smca_kernels.tools.arguments import check_packages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEXTURES = ("brick", "grass", "gravel")  # 512×512, grey
-MOST_DIGITS = 5
+MAX_DIGITS = 5
 SIDE = (1 / 6, 5 / 12)  # of a digit's square, in parts of the scene's side: 16 to 40 of 96 pixels
 HELD_OUT = 0.2  # of the digits
 VISIBLE = 0.3  # opacity from which a pixel belongs to the stroke, and so to the box
-OVERLAP = 0.1  # most of the smaller box that another may cover
+MAX_OVERLAP = 0.1  # part of the smaller box that another may cover
 ATTEMPTS = 20  # to place a digit where it doesn't overlap
-SMALLEST, LARGEST = 48, 256  # scenes: a digit of 8 pixels still reads, and half a photograph is 256 wide
+MIN_SCENE_SIZE, MAX_SCENE_SIZE = 48, 256  # scenes: a digit of 8 pixels still reads, and half a photograph is 256 wide
 TEXTURE_CONTRAST = 0.5  # of the photograph; at full contrast its own light and dark hide the digits
 
 README = """# Handwritten digits on photographs of textures
@@ -62,8 +62,8 @@ def make_digits(
     for name, count in (("train", train), ("val", val)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1 scene, got {count}")
-    if not SMALLEST <= size <= LARGEST:
-        raise ValueError(f"size must be {SMALLEST} to {LARGEST} pixels, got {size}")
+    if not MIN_SCENE_SIZE <= size <= MAX_SCENE_SIZE:
+        raise ValueError(f"size must be {MIN_SCENE_SIZE} to {MAX_SCENE_SIZE} pixels, got {size}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     out = out.absolute()
@@ -79,7 +79,7 @@ def make_digits(
         (temporary / "annotations").mkdir()
         for split, count in (("train", train), ("val", val)):
             _write_split(temporary, split, count, size, seed, progress)
-        text = README.format(train=train, val=val, size=size, seed=seed, most=MOST_DIGITS)
+        text = README.format(train=train, val=val, size=size, seed=seed, most=MAX_DIGITS)
         (temporary / "README.md").write_text(text, encoding="utf-8")
         temporary.replace(out)
     except BaseException:
@@ -128,7 +128,7 @@ def load_sources(split: str, seed: int) -> tuple[NDArray[np.float32], NDArray[np
     order = np.random.default_rng(seed).permutation(len(source.target))
     held_out = round(HELD_OUT * len(order))
     mine = order[:held_out] if split == "val" else order[held_out:]
-    half = slice(LARGEST, None) if split == "val" else slice(None, LARGEST)
+    half = slice(MAX_SCENE_SIZE, None) if split == "val" else slice(None, MAX_SCENE_SIZE)
     textures = [getattr(skimage.data, name)()[:, half].astype(np.float32) / 255 for name in TEXTURES]
     return source.images[mine].astype(np.float32) / 16, source.target[mine], textures
 
@@ -147,7 +147,7 @@ def make_scene(
     scene = level + TEXTURE_CONTRAST * (scene - level)
     boxes: list[list[int]] = []
     chosen: list[int] = []
-    for _ in range(int(rng.integers(1, MOST_DIGITS + 1))):
+    for _ in range(int(rng.integers(1, MAX_DIGITS + 1))):
         instance = int(rng.integers(len(digits)))
         side = int(rng.integers(round(SIDE[0] * size), round(SIDE[1] * size) + 1))
         enlarged = Image.fromarray(digits[instance]).resize((side, side), Image.Resampling.BICUBIC)
@@ -157,7 +157,7 @@ def make_scene(
         for _ in range(ATTEMPTS):
             x, y = (int(rng.integers(size - side + 1)) for _ in range(2))
             box = [x + int(columns[0]), y + int(rows[0]), width, height]
-            if all(_overlap(box, other) <= OVERLAP for other in boxes):
+            if all(_overlap(box, other) <= MAX_OVERLAP for other in boxes):
                 # Light ink on a dark ground and dark ink on a light one.
                 ink = rng.uniform(0.85, 1.0) if level < 0.5 else rng.uniform(0.0, 0.15)
                 part = scene[y : y + side, x : x + side]
@@ -192,12 +192,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca data`: exit status 0; 2 if it can't start."""
-    wanted = {"sklearn": "scikit-learn", "skimage": "scikit-image", "PIL": "pillow", "tqdm": "tqdm"}
-    missing = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f"smca data needs {', '.join(missing)}: pip install 'smca_kernels[model,demo]'", file=sys.stderr)
-        return 2
+    """`smca data`: exit status 0.
+
+    Raises:
+        ValueError: when it can't start.
+    """
+    check_packages(("sklearn", "skimage", "PIL", "tqdm"), "model,demo")
     make_digits(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
     print(f"{args.out}: {args.train} scenes to train on, {args.val} held out. Real digits, synthetic placement.")
     return 0

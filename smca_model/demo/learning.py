@@ -1,28 +1,25 @@
-"""`smca demo`: the operator's demo (smca_kernels/demo.py), then a small detector trained on digits before your eyes.
+"""The detector's part of `smca demo`: a small one is trained on digits before your eyes.
 
-Real digits, synthetic placement (digits.py): scenes are made, `smca-tiny` learns them, AP is computed on held-out
+Real digits, synthetic placement (data/digits.py): scenes are made, `smca-tiny` learns them, AP is computed on held-out
 scenes, and detections and attention are drawn. With --compare, `detr-tiny`, the same without the spatial prior,
 trains beside it for as long.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import math
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import replacing, write_text
 from smca_kernels.profiling.measure import interleaved_times
-from smca_kernels.tools import demo as operator_demo
+from smca_kernels.tools.demo import Steps
 
 if TYPE_CHECKING:
-    from .train import Settings
+    from ..training.settings import Settings
 
 SIZE = 96
 TRAIN_SCENES, VAL_SCENES = 4000, 300
@@ -39,7 +36,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 def settings_for(preset: str, data: Path, out: Path, device: str, seed: int, epochs: int | None = None) -> Settings:
     """The demo's training of a preset; other numbers of epochs drop the learning rate at the same part of them."""
-    from .train import Settings
+    from ..training.settings import Settings
 
     chosen = dict(TRAINING[device])
     chosen["lr_backbone"] = chosen["lr"]  # it is not pretrained
@@ -62,14 +59,14 @@ def settings_for(preset: str, data: Path, out: Path, device: str, seed: int, epo
 
 
 def use_fastest_threads(settings: Settings) -> str:
-    """Sets torch's threads to the number, all or a half, a quarter … of them, that trains fastest; says which.
+    """Set torch's threads to the number, all or a half, a quarter … of them, that trains fastest; say which.
 
     On small scenes many threads wait for each other more than they help, and on a busy machine even two do.
     """
     import torch
 
-    from .engine import Trainer, epoch_batches
-    from .train import build_model, open_data
+    from ..training.engine import Trainer, epoch_batches
+    from ..training.setup import build_model, open_data
 
     train_set, _ = open_data(settings)
     model = build_model(settings, len(train_set.classes), from_weights=False, device=torch.device("cpu"))
@@ -97,12 +94,13 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
     """
     import torch
 
-    from . import digits
-    from .train import dry_run, train
+    from ..data import digits
+    from ..training.dry_run import dry_run
+    from ..training.loop import train
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
-    steps = operator_demo.Steps(total=5 if compare else 3)
+    steps = Steps(total=5 if compare else 3)
     with tempfile.TemporaryDirectory(dir=out, prefix=".detector.") as temporary:
         folder = Path(temporary)
         data = folder / "data"
@@ -112,7 +110,7 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
         settings = settings_for("smca-tiny", data, folder / "smca-tiny", device, seed)
         twins = [settings]
         if device == "cpu":
-            steps.tell(f"threads, {use_fastest_threads(settings)}")
+            steps.log(f"threads, {use_fastest_threads(settings)}")
         if compare:
             steps.start("a few steps of smca-tiny and detr-tiny, to give both the same time")
             plain = settings_for("detr-tiny", data, folder / "detr-tiny", device, seed)
@@ -139,18 +137,19 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
     torch.set_num_threads(threads)
     for preset, evaluations in curves.items():
         last = evaluations[-1]
-        steps.tell(f"{preset}: AP {last['AP']:.3f}, AP50 {last['AP50']:.3f} after {last['seconds']:.0f} s of training")
-    steps.tell(f"{final}: detections.png, attention_*.png, learning.png, results.json; the weights in smca-tiny/")
-    steps.tell(f"all twelve numbers: smca eval --weights {final}/smca-tiny/model.safetensors --data {final}/data")
+        steps.log(f"{preset}: AP {last['AP']:.3f}, AP50 {last['AP50']:.3f} after {last['seconds']:.0f} s of training")
+    steps.log(f"{final}: detections.png, attention_*.png, learning.png, results.json; the weights in smca-tiny/")
+    steps.log(f"all twelve numbers: smca eval --weights {final}/smca-tiny/model.safetensors --data {final}/data")
 
 
 def draw_results(folder: Path, data: Path) -> None:
     """detections.png of the first held-out scenes, and attention_N.png of the fullest of them."""
     from torchvision.utils import make_grid
 
-    from . import weights
-    from .data import find_split, load_image, normalize
-    from .detect import best_queries, detect, draw_attention, draw_boxes, write_picture
+    from .. import weights
+    from ..data.coco import find_split
+    from ..data.images import load_image, normalize
+    from ..detect import best_queries, detect, draw_attention, draw_boxes, write_picture
 
     model = weights.load(folder / "smca-tiny" / "model.safetensors")
     files = sorted(find_split(data, "val")[0].iterdir())[:SHOWN]
@@ -186,44 +185,6 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    from .metrics import read_metrics
+    from ..training.metrics import read_metrics
 
     return [line for line in read_metrics(folder) if "AP" in line]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `smca demo`."""
-    operator_demo.add_arguments(parser)
-    parser.description = (
-        f"First, the operator. {parser.description} Then, the detector: a small SMCA is trained on {TRAIN_SCENES} "
-        "scenes of real digits (five minutes on two CPU cores), evaluated on held-out ones, and its detections and "
-        "attention are drawn."
-    )
-    parser.add_argument("--compare", action="store_true", help="train the same without spatial prior, for as long")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the detector's part; default: 0")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`smca demo`: exit status 0; 1 if a backend is not within the error budget; 2 if it can't start."""
-    wanted = {
-        "pycocotools": "pycocotools",
-        "safetensors": "safetensors",
-        "scipy": "scipy",
-        "sklearn": "scikit-learn",
-        "tensorboard": "tensorboard",
-        "tqdm": "tqdm",
-    }
-    missing = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f"smca demo needs {', '.join(missing)}: pip install 'smca_kernels[model,demo]'", file=sys.stderr)
-        return 2
-    status = operator_demo.run(args)
-    if status:
-        return status
-    print("\nThe detector")
-    try:
-        run_detector(args.out, compare=args.compare, seed=args.seed)
-    except KeyboardInterrupt:
-        print("interrupted: nothing of the detector was kept", file=sys.stderr)
-        raise
-    return 0

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tensorboard")
 
-from smca_model.metrics import Metrics, read_metrics
+from smca_model.training.metrics import Metrics, read_metrics
 
 
 def test_a_number_that_json_has_not_is_null(tmp_path: Path) -> None:

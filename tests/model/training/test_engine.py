@@ -16,34 +16,25 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-from smca_model import distributed, engine, train
-from smca_model.data import CocoDetection, collate, find_split
-from smca_model.digits import make_digits
+from smca_model.data.coco import CocoDetection, collate, find_split
 from smca_model.evaluate import evaluate
+from smca_model.training import distributed, engine, loop, setup
+from smca_model.training.settings import Settings
 
 CPU = torch.device("cpu")
 SIZE = 48
 TINY = ("hidden_dim=32", "num_heads=2", "decoder_layers=2", "num_queries=10", "ffn_dim=64")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight scenes of digits to train on."""
-    pytest.importorskip("skimage")
-    folder = tmp_path_factory.mktemp("digits") / "data"
-    make_digits(folder, train=8, val=2, size=SIZE, progress=False)
-    return folder
-
-
-def settings(data: Path, **changes: Any) -> train.Settings:
+def settings(data: Path, **changes: Any) -> Settings:
     # Without crops no scene is padded, so that what is computed for one doesn't depend on the others of a batch.
     fixed: dict[str, Any] = {"preset": "smca-tiny", "overrides": TINY, "sizes": (SIZE,), "max_size": 2 * SIZE}
-    return train.Settings(data=str(data), workers=0, crop=False, **fixed | changes)
+    return Settings(data=str(data), workers=0, crop=False, **fixed | changes)
 
 
-def trainer(chosen: train.Settings) -> engine.Trainer:
-    train_set, _ = train.open_data(chosen)
-    model = train.build_model(chosen, len(train_set.classes), from_weights=False, device=CPU)
+def trainer(chosen: Settings) -> engine.Trainer:
+    train_set, _ = setup.open_data(chosen)
+    model = setup.build_model(chosen, len(train_set.classes), from_weights=False, device=CPU)
     return engine.Trainer(model, chosen, steps_per_epoch=len(train_set) // chosen.batch_size // chosen.accumulate)
 
 
@@ -91,7 +82,7 @@ def test_an_epoch_goes_on_from_a_step_as_it_would_have(data: Path) -> None:
 
 def test_every_epoch_augments_an_image_anew(data: Path) -> None:
     one = trainer(settings(data, batch_size=8, sizes=tuple(range(32, 49))))
-    scenes, _ = train.open_data(one.settings)
+    scenes, _ = setup.open_data(one.settings)
     epochs = []
     for one.step in (0, 1, 0):
         ((images, targets),) = next(engine.epoch_batches(scenes, one))
@@ -150,10 +141,10 @@ def _process(rank: int, port: int, data: Path, folder: Path) -> None:
     chosen = settings(data, batch_size=2, accumulate=2, clip=1e9, epochs=1, out=str(folder / "run"), log_every=1)
     with distributed.process_group():
         one = trainer(chosen)
-        train_set, _ = train.open_data(chosen)
+        train_set, _ = setup.open_data(chosen)
         one.train_step(next(engine.epoch_batches(train_set, one)))
         torch.save(gradients(one), folder / f"gradients{rank}.pt")
-        train.train(chosen)
+        loop.train(chosen)
 
 
 def test_two_processes_give_the_gradient_of_one_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
@@ -163,11 +154,11 @@ def test_two_processes_give_the_gradient_of_one_with_twice_the_batch(data: Path,
     torch.multiprocessing.spawn(_process, (port, data, tmp_path), nprocs=2)
     of_processes = [torch.load(tmp_path / f"gradients{rank}.pt") for rank in range(2)]
     one = trainer(settings(data, batch_size=4, accumulate=2, clip=1e9))
-    train_set, _ = train.open_data(one.settings)
+    train_set, _ = setup.open_data(one.settings)
     expected = one.train_step(next(engine.epoch_batches(train_set, one)))
     for each in of_processes:
         assert_same_gradients(each, gradients(one))
-    told = train.read_metrics(tmp_path / "run")
+    told = loop.read_metrics(tmp_path / "run")
     assert told[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert told[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     assert "AP" in told[1]
@@ -257,7 +248,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_changes_no_weight(data: Path)
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_state_holds_all_that_the_next_steps_depend_on(data: Path, ema: float, tmp_path: Path) -> None:
     chosen = settings(data, batch_size=4, ema=ema, overrides=(*TINY, "dropout=0.1"), epochs=3, lr_drop=1)
-    train_set, _ = train.open_data(chosen)
+    train_set, _ = setup.open_data(chosen)
 
     def steps(one: engine.Trainer, count: int) -> None:
         for _ in range(count):

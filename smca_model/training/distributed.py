@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Joins the processes that torchrun started (NCCL, or gloo without GPUs); gives this process's device."""
+    """Join the processes that torchrun started (NCCL, or gloo without GPUs), and give this process's device."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     if device is not None:
         torch.cuda.set_device(device)
@@ -34,7 +34,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are, 1 without torchrun."""
+    """The number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -67,6 +67,14 @@ def joined(parts: list[Any]) -> list[Any]:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def log(line: str) -> None:
+    """Print a line in process 0 alone, above the progress bar."""
+    if rank() == 0:
+        from tqdm import tqdm
+
+        tqdm.write(line)

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("scipy")
 torchvision = pytest.importorskip("torchvision")
 
-from smca_model.matcher import class_cost, match  # noqa: E402
+from smca_model.training.matcher import class_cost, match  # noqa: E402
 
 
 def random_boxes(*shape: int) -> Tensor:

@@ -11,14 +11,15 @@ pytest.importorskip("triton")
 
 from smca_kernels.testing.cases import CASES, Case
 from smca_kernels.testing.machine.check import CompiledCase
-from smca_kernels.tools import compiled_parity
-from smca_kernels.tools.compiled_parity import compiled_cases, main, parse_architecture, run_compiled
+from smca_kernels.tools import cli
+from smca_kernels.tools.parity import compiled
+from smca_kernels.tools.parity.compiled import compiled_cases, parse_architecture, run_compiled
 
 ONE_CELL = Case("one cell", ((1, 1),), batch=2, queries=3)
 
 
 def run_only(monkeypatch: pytest.MonkeyPatch, *cases: CompiledCase) -> None:
-    monkeypatch.setattr(compiled_parity, "compiled_cases", lambda arch, quick, dtypes: list(cases))
+    monkeypatch.setattr(compiled, "compiled_cases", lambda arch, quick, dtypes: list(cases))
 
 
 def test_rows_are_those_of_the_other_backends_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,7 @@ def test_the_report_says_what_is_outside_and_an_error_is_no_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_only(monkeypatch, CompiledCase(80, replace(ONE_CELL, mask="no such mask")))
-    assert main(["sm_80", "--quick", "--seed", "7"]) == 1
+    assert cli.main(["parity", "--compiled", "sm_80", "--quick", "--seed", "7"]) == 1
     printed = capsys.readouterr().out
     assert "repeat with --seed 7" in printed
     assert "Not checked: ptxas" in printed
@@ -75,3 +76,9 @@ def test_architectures_have_the_names_that_compilers_give_them(text: str, arch: 
 def test_an_architecture_that_is_not_executed_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"one of sm_80, sm_86, sm_89, sm_90, got"):
         parse_architecture(text)
+
+
+@pytest.mark.parametrize("option", ["--backend sdpa", "--device cpu"])
+def test_what_chooses_a_backend_or_device_does_not_go_with_it(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(f"parity --compiled sm_80 {option}".split()) == 2
+    assert "give neither --backend nor --device" in capsys.readouterr().err

@@ -18,8 +18,9 @@ pytest.importorskip("torchvision")
 
 from coco_folder import CATEGORIES, annotation, write_coco
 
-from smca_model import data
-from smca_model.data import CocoDetection
+from smca_model.data import coco
+from smca_model.data.coco import CocoDetection
+from smca_model.data.images import DataError, load_image
 
 
 def validation(paths: tuple[Path, Path], **options: Any) -> CocoDetection:
@@ -114,7 +115,7 @@ def test_boxes_that_reach_beyond_the_image_are_clipped_with_a_warning(tmp_path: 
 def test_collate_gives_lists(tmp_path: Path) -> None:
     sizes = {1: (40, 60), 2: (50, 40)}
     dataset = validation(write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, 9, 9])], sizes=sizes))
-    images, targets = data.collate([dataset[0], dataset[1]])
+    images, targets = coco.collate([dataset[0], dataset[1]])
     assert [tuple(image.shape) for image in images] == [(3, 40, 60), (3, 50, 40)]
     assert [target["image_id"] for target in targets] == [1, 2]
 
@@ -133,7 +134,7 @@ def test_images_are_normalised_with_imagenets_mean_and_deviation(tmp_path: Path)
 def test_images_of_any_mode_are_read_as_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode).save(path)
-    assert torch.equal(data.load_image(path), torch.full((3, 4, 5), 255, dtype=torch.uint8))
+    assert torch.equal(load_image(path), torch.full((3, 4, 5), 255, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(("max_size", "expected"), [(1333, (20, 30)), (24, (16, 24))])
@@ -260,7 +261,7 @@ def test_loading_leaves_torchs_own_generator_alone(tmp_path: Path) -> None:
 
 def test_workers_that_live_on_see_a_new_epoch(tmp_path: Path) -> None:
     dataset = CocoDetection(*write_squares(tmp_path), train=True, sizes=(32, 48, 64))
-    loader = DataLoader(dataset, 3, collate_fn=data.collate, num_workers=1, persistent_workers=True)
+    loader = DataLoader(dataset, 3, collate_fn=coco.collate, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
         loaded = [image for images, _ in loader for image in images]
@@ -355,7 +356,7 @@ def test_a_broken_image_is_named_also_by_a_worker(tmp_path: Path, damage: str, w
     images, file = write_coco(tmp_path, [GOOD])
     content = (images / "1.png").read_bytes()
     (images / "1.png").write_bytes(content[:60] if damage == "cut off" else b"GIF89a, or is it?")
-    loader = DataLoader(validation((images, file)), collate_fn=data.collate, num_workers=workers)
+    loader = DataLoader(validation((images, file)), collate_fn=coco.collate, num_workers=workers)
     with pytest.raises(ValueError, match=r"^image .*1\.png can't be read: .+"):
         next(iter(loader))
 
@@ -365,8 +366,8 @@ def test_processes_that_load_end_with_an_error_though_somebody_keeps_it(tmp_path
     images, file = write_coco(tmp_path, [GOOD])
     (images / "1.png").write_bytes(b"no image")
     before = multiprocessing.active_children()
-    with pytest.raises(data.DataError) as kept:
-        list(data.load_batches(validation((images, file)), torch.device("cpu"), 1, batch_size=1))
+    with pytest.raises(DataError) as kept:
+        list(coco.load_batches(validation((images, file)), torch.device("cpu"), 1, batch_size=1))
     assert set(multiprocessing.active_children()) <= set(before)
     assert "1.png" in str(kept.value)
 
@@ -384,19 +385,19 @@ def test_an_image_of_another_size_than_annotated_is_refused(tmp_path: Path) -> N
 
 def test_a_split_is_found_in_the_digits_layout_and_in_cocos(tmp_path: Path) -> None:
     plain = write_coco(tmp_path / "plain", [GOOD])
-    assert data.find_split(tmp_path / "plain", "val") == plain
+    assert coco.find_split(tmp_path / "plain", "val") == plain
     images, file = write_coco(tmp_path / "coco", [GOOD], split="train2017")
     file = file.rename(file.with_name("instances_train2017.json"))
-    assert data.find_split(tmp_path / "coco", "train") == (images, file)
+    assert coco.find_split(tmp_path / "coco", "train") == (images, file)
 
 
 def test_a_folder_without_the_split_is_refused_and_told_what_it_lacks(tmp_path: Path) -> None:
     write_coco(tmp_path, [GOOD])
     expected = r"train/ and annotations/train\.json, or train2017/ and annotations/instances_train2017\.json"
     with pytest.raises(ValueError, match=f"data must be a folder with {expected}; .* has neither"):
-        data.find_split(tmp_path, "train")
+        coco.find_split(tmp_path, "train")
     with pytest.raises(ValueError, match=r"data must be a folder, got .*nowhere"):
-        data.find_split(tmp_path / "nowhere", "train")
+        coco.find_split(tmp_path / "nowhere", "train")
 
 
 def test_loading_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
