@@ -54,8 +54,10 @@ def run_case(compiled: CompiledCase, seed: int) -> tuple[str, list[str]]:
 
 
 def run_known(name: str, arch: int) -> tuple[str, list[str]]:
-    report, error, tolerance = machine_kernels.run_known(name, arch)
-    problems = [report] * bool(report) + [f"error {error:.2e}, tolerance {tolerance:.0e}"] * (not error <= tolerance)
+    faults, error, tolerance = machine_kernels.run_known(name, arch)
+    problems = [str(fault) for fault in faults.found.values()] + [f"error {error:.2e}, tolerance {tolerance:.0e}"] * (
+        not error <= tolerance
+    )
     return f"error {error:.1e}", problems
 
 

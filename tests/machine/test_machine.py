@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 import machine_kernels
-from machine_kernels import BARRIERS, KNOWN, PLANTED
+from machine_kernels import BARRIERS, IS_UNFENCED, KNOWN, PLANTED
 
 from smca_kernels.testing.machine import arithmetic
 from smca_kernels.testing.machine.codegen import Program
@@ -31,8 +31,8 @@ Compiled = Callable[..., Any]
 def test_a_known_kernel_computes_what_it_should_and_nothing_is_reported(
     name: str, arch: int, compiled: Compiled
 ) -> None:
-    report, error, tolerance = compiled(machine_kernels.run_known, name, arch)
-    assert report == ""
+    faults, error, tolerance = compiled(machine_kernels.run_known, name, arch)
+    assert faults.kinds <= ({"proxy fence"} if IS_UNFENCED else set()), faults.report()
     assert error <= tolerance
 
 
@@ -48,7 +48,7 @@ def test_a_planted_fault_is_reported_or_spoils_the_result(name: str, compiled: C
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_noticed(name: str, compiled: Compiled) -> None:
     count, unnoticed = compiled(machine_kernels.run_without_barriers, name)
-    assert count >= 3
+    assert count >= 2
     assert len(unnoticed) <= BARRIERS[name][3], unnoticed
 
 

@@ -322,8 +322,11 @@ def _ld(e: Emitter) -> None:
     if space == "param":
         _load_parameter(e, items[0], address, width, count)
         return
-    if any(not isinstance(item, Blank) and {"h": 2, "r": 4, "d": 8}[e.register(item).cls] < width for item in items):
-        e.fail()
+    for item in items:
+        # What a wider register is filled with is zero, unless the type has a sign.
+        room = width if isinstance(item, Blank) else {"h": 2, "r": 4, "d": 8}[e.register(item).cls]
+        if room < width or (room > width and e.type[0] == "s"):
+            e.fail()
     rows = ", ".join(e.row(item) for item in items)
     e.add(f"{UNITS[space]}.load({e.i}, {_located(e, address, space)}, {width}, {count}, ({rows},), {e.mask})")
 
@@ -334,11 +337,14 @@ def _load_parameter(e: Emitter, to: Operand, address: Operand, width: int, count
     if isinstance(address.base, Register):
         if width != 8:
             e.fail()
-        row, _ = e.address(address, "r")
+        row, _ = e.address(address, address.base.cls)
         e.add(f"copyto({e.destination(to, 'b64')}, M.parameter_at({e.i}, {row}, {e.mask}))")
     else:
-        number = e.program.parameter_number[getattr(address.base, "name", "")]
-        e.add(f"copyto({e.destination(to, 'b32' if width == 4 else 'b64')}, P{number}_)")
+        row = f"P{e.program.parameter_number[getattr(address.base, 'name', '')]}_"
+        if e.type == "s32":  # a wider register gets its sign
+            row = f"{row}.view(int32)"
+        wide = "s" if e.type[0] == "s" else "u"
+        e.add(f"copyto({e.destination(to, f'{wide}64' if e.register(to).cls == 'd' else f'{wide}32')}, {row})")
 
 
 @handles("st")
