@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from smca_kernels.testing.machine import arithmetic
 from smca_kernels.testing.machine.arithmetic import Array
 from smca_kernels.testing.machine.emitter import BITS, PARAMETERS, TEMPORARIES, VIEWS, Emitter
 from smca_kernels.testing.machine.instructions import BYTES, HANDLERS
+from smca_kernels.testing.machine.interfaces import Lanes
 from smca_kernels.testing.machine.ptx import (
     Block,
     Immediate,
@@ -29,9 +30,6 @@ from smca_kernels.testing.machine.ptx import (
     Vector,
     parse,
 )
-
-if TYPE_CHECKING:
-    from smca_kernels.testing.machine.execution import Machine
 
 __all__ = ["PARAMETERS", "Code", "Program", "schedule"]
 
@@ -198,7 +196,7 @@ class Code:
         following = {"jump": [block.target], "branch": [number + 1, block.target], "exit": []}
         return following.get(block.kind, [number + 1])
 
-    def reset(self, machine: Machine) -> None:
+    def reset(self, machine: Lanes) -> None:
         """Set registers to garbage, parameters and special registers to the values of a batch of CTAs."""
         self.names["M"] = machine
         for cls, rows in self.rows.items():

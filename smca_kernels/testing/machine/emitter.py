@@ -6,10 +6,11 @@ register as uint64, p4b a predicate; r5l and r5h are the low and the high half o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from smca_kernels.testing.machine.interfaces import Registers
 from smca_kernels.testing.machine.ptx import (
     Address,
     Blank,
@@ -23,9 +24,6 @@ from smca_kernels.testing.machine.ptx import (
     Vector,
 )
 from smca_kernels.testing.machine.shared_memory import SharedMemory
-
-if TYPE_CHECKING:
-    from smca_kernels.testing.machine.codegen import Program
 
 VIEWS: dict[str, dict[str, Any]] = {
     "r": {"u": np.uint32, "s": np.int32, "f": np.float32},
@@ -51,7 +49,7 @@ def plain(register: Register) -> str:
 class Emitter:
     """The Python lines of one instruction, for all lanes or (`masked`) for those of a mask m."""
 
-    def __init__(self, program: Program, instruction: Instruction, masked: bool):
+    def __init__(self, program: Registers, instruction: Instruction, masked: bool):
         self.program, self.instruction = program, instruction
         self.opcode, self.parts, self.operands = instruction.opcode, instruction.parts, instruction.operands
         self.type, self.i = instruction.parts[-1], instruction.index

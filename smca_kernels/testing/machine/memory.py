@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from smca_kernels.testing.machine.arithmetic import Array
-
-if TYPE_CHECKING:
-    from smca_kernels.testing.machine.execution import Machine
+from smca_kernels.testing.machine.interfaces import Lanes
 
 UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 POISON: dict[int, int] = {1: 0xAD, 2: 0xAD, 4: 0x7FC0DEAD, 8: 0x7FC0DEAD}  # what reads outside of anything return
@@ -153,7 +151,7 @@ class Region:
 class GlobalMemory:
     """The regions of one launch."""
 
-    machine: Machine  # that runs now
+    machine: Lanes  # that runs now
 
     def __init__(self, regions: Sequence[Region]):
         self.regions = {region.base >> REGION_SHIFT: region for region in regions}

@@ -11,15 +11,13 @@ one of them a write, are a race; so are two of one warp by different lanes with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from smca_kernels.testing.machine.arithmetic import Array
+from smca_kernels.testing.machine.interfaces import Lanes
 from smca_kernels.testing.machine.memory import UNSIGNED, scatter, unequal_bits
-
-if TYPE_CHECKING:
-    from smca_kernels.testing.machine.execution import Machine
 
 SEVERAL_LANES = 63
 SEVERAL_WARPS = 63 << 6 | 63
@@ -31,7 +29,7 @@ class SharedMemory:
 
     BASE = 1024  # where dynamic shared memory begins on sm_80 and later
 
-    def __init__(self, machine: Machine, size: int, granule: int):
+    def __init__(self, machine: Lanes, size: int, granule: int):
         self.machine, self.size, self.granule = machine, size, granule
         self.stride = -(-size // 1024) * 1024 + 1024
         total = self.stride * machine.ctas

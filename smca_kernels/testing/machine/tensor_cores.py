@@ -14,14 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smca_kernels.testing.machine.arithmetic import Array
-
-if TYPE_CHECKING:
-    from smca_kernels.testing.machine.execution import Machine
+from smca_kernels.testing.machine.interfaces import Lanes
 
 _truncates = False
 
@@ -106,7 +103,7 @@ def _set(row: Array, value: Array, mask: Array | None) -> None:
 
 
 def mma_sync(
-    m: Machine, i: int, k: int, kind: str, d: Sequence[Array], a: Sequence[Array], b: Sequence[Array],
+    m: Lanes, i: int, k: int, kind: str, d: Sequence[Array], a: Sequence[Array], b: Sequence[Array],
     c: Sequence[Array], mask: Array | None,
 ) -> None:  # fmt: skip
     """m16n8k8 and m16n8k16."""
@@ -125,7 +122,7 @@ def mma_sync(
 
 
 def ldmatrix(
-    m: Machine, i: int, count: int, transposed: bool, destinations: Sequence[Array], address: Array, offset: int,
+    m: Lanes, i: int, count: int, transposed: bool, destinations: Sequence[Array], address: Array, offset: int,
     mask: Array | None,
 ) -> None:  # fmt: skip
     m.need_whole_warps(i, mask)
@@ -143,7 +140,7 @@ def ldmatrix(
 
 
 def stmatrix(
-    m: Machine, i: int, count: int, transposed: bool, sources: Sequence[Array], address: Array, offset: int,
+    m: Lanes, i: int, count: int, transposed: bool, sources: Sequence[Array], address: Array, offset: int,
     mask: Array | None,
 ) -> None:  # fmt: skip
     m.need_whole_warps(i, mask)
@@ -202,7 +199,7 @@ def operand_addresses(descriptor: int, rows: int, k: int, size: int, transposed:
 
 
 def _shared_operand(
-    m: Machine, i: int, cta: int, descriptor: int, rows: int, k: int, kind: str, transposed: bool
+    m: Lanes, i: int, cta: int, descriptor: int, rows: int, k: int, kind: str, transposed: bool
 ) -> tuple[Array, Array]:
     """The operand [rows, k] in float64, and the granules that are read."""
     shared, size = m.shared, 4 if kind == "tf32" else 2
@@ -229,7 +226,7 @@ def _accumulators(n: int) -> Array:
 
 
 def wgmma(
-    m: Machine, i: int, n: int, kind: str, d: Sequence[Array], a: Sequence[Array] | Array, b: Array,
+    m: Lanes, i: int, n: int, kind: str, d: Sequence[Array], a: Sequence[Array] | Array, b: Array,
     keeps: Array | bool, transposed_a: bool, transposed_b: bool, names: tuple[tuple[str, ...], tuple[str, ...]],
     mask: Array | None,
 ) -> None:  # fmt: skip
