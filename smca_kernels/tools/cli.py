@@ -29,7 +29,7 @@ COMMANDS = {
     ),
     "predict": ("smca_benchmarks.predict", "times of the kernels on cards that aren't here, predicted"),
     "bench-model": ("smca_benchmarks.bench_model", "detectors with naive and fused co-attention: time, memory, batch"),
-    "profile": ("smca_kernels.tools.profile", "what each scale of the co-attention costs, call by call"),
+    "profile": ("smca_benchmarks.profile", "what each scale of the co-attention costs, call by call"),
     "env": ("smca_kernels.tools.env", "versions, devices and the backend of each dtype, for a bug report"),
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
