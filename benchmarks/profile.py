@@ -1,4 +1,4 @@
-"""`smca profile`: what co-attention costs, scale by scale, for a workload of `smca bench` or for a detector."""
+"""`smca profile`: what co-attention costs, scale by scale, for a workload of the benchmarks or for a detector."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Time, bytes moved, tiles, scale weight and width of the prior for every scale of every call of the operator. "
         "For code of your own: smca_kernels.profile()."
     )
-    profiled = parser.add_mutually_exclusive_group(required=True)
-    profiled.add_argument("--workload", metavar="NAME", help="random inputs of a workload of `smca bench`")
-    profiled.add_argument("--preset", metavar="NAME", help="a detector as `smca presets` lists them, not trained")
-    profiled.add_argument("--weights", type=Path, metavar="FILE", help="a detector, as `smca train` writes it")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--workload", metavar="NAME", help="random inputs of a workload of `smca bench`")
+    subject.add_argument("--preset", metavar="NAME", help="a detector as `smca presets` lists them, not trained")
+    subject.add_argument("--weights", type=Path, metavar="FILE", help="a detector, as `smca train` writes it")
     parser.add_argument("--image", type=Path, metavar="FILE", help="what the detector sees; default: noise")
     profile.add_arguments(parser)
 
@@ -34,39 +34,24 @@ def run(args: argparse.Namespace) -> int:
     """`smca profile`: print the table, write what is asked for.
 
     Raises:
-        ValueError: for options that can't work, before any work.
+        ValueError: when it can't start.
     """
     if args.image is not None and args.workload is not None:
         raise ValueError("--image must go with --preset or --weights; a workload has none")
     profile.check(args)
     if args.workload is None:
-        check_packages(["torchvision"], "model")
+        check_packages(("torchvision",), "model,demo")
     device = choose_device()
-    dtype = profile.dtype_of(args, device)
-    if args.workload is not None:
-        call = workload_call(args, device, dtype)
-    else:
-        from smca_model.profile import detector_call
-
-        call = detector_call(args, device, dtype)
-    facts: dict[str, Any] = {}
-    if args.json is not None:
-        from .bench_attention import environment
-
-        facts = {"subject": named(args), "environment": environment(device)}
-    profile.measure(call, args, device, facts)
+    dtype = profile.dtype_name(args, device)
+    call = _workload_call(args, device, dtype) if args.workload is not None else _detector_call(args, device, dtype)
+    profile.measure(call, args, device, _subject(args), _environment)
     return 0
 
 
-def workload_call(args: argparse.Namespace, device: torch.device, dtype: str) -> Callable[[], object]:
-    """A call of the operator on random inputs of a workload.
-
-    Raises:
-        ValueError: for an unknown workload.
-    """
+def _workload_call(args: argparse.Namespace, device: torch.device, dtype: str) -> Callable[[], object]:
     import torch
 
-    from smca_kernels import smca_attention
+    from smca_kernels.attention import smca_attention
 
     from .workloads import WORKLOADS
 
@@ -81,8 +66,20 @@ def workload_call(args: argparse.Namespace, device: torch.device, dtype: str) ->
     return call
 
 
-def named(args: argparse.Namespace) -> dict[str, Any]:
-    """What was run, for the JSON file."""
+def _detector_call(args: argparse.Namespace, device: torch.device, dtype: str) -> Callable[[], object]:
+    from smca_model.profile import detector_call
+
+    detector = args.preset if args.weights is None else args.weights
+    return detector_call(detector, args.image, device=device, dtype=dtype, backend=args.backend, training=args.training)
+
+
+def _subject(args: argparse.Namespace) -> dict[str, Any]:
     names = ("workload", "preset", "weights", "image", "training", "backend")
     values = {name: getattr(args, name) for name in names}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    from .bench_attention import environment
+
+    return environment(device)

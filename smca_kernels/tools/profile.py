@@ -1,11 +1,15 @@
-"""What `smca profile` does with any call of the operator: measure it, print the table, write what is asked for."""
+"""The part of `smca profile` that any code shares which calls co-attention: options, measuring, and what is written.
+
+The command itself is where its workloads and detectors are known (benchmarks/profile.py); it hands over a function to
+call. For code of your own there is `smca_kernels.profile`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that don't depend on what is profiled."""
+    """Arguments about how to measure and what to write."""
     add = parser.add_argument
     add("--training", action="store_true", help="with gradients, and a detector's dropout; default: inference")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU; a detector runs under autocast")
@@ -32,32 +36,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check these arguments before any work.
+    """Check the options before any work.
 
     Raises:
-        ValueError: naming the option, its value or the missing package.
+        ValueError: naming the option that is wrong, or a package that is missing.
     """
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     for option, path in (("--json", args.json), ("--picture", args.picture), ("--trace", args.trace)):
         check_output_file(option, path)
     if args.picture is not None:
-        check_packages(["matplotlib"], "demo")
+        check_packages(("matplotlib",), "model,demo")
 
 
-def dtype_of(args: argparse.Namespace, device: torch.device) -> str:
-    """The dtype asked for, or the default of a device."""
+def dtype_name(args: argparse.Namespace, device: torch.device) -> str:
+    """The dtype asked for, or the device's usual one."""
     return args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
 
-def measure(call: Callable[[], object], args: argparse.Namespace, device: torch.device, facts: dict[str, Any]) -> None:
-    """Profile a call, print the table and write the files that the arguments ask for.
+def measure(
+    call: Callable[[], object],
+    args: argparse.Namespace,
+    device: torch.device,
+    subject: Mapping[str, Any],
+    environment: Callable[[torch.device], Mapping[str, Any]],
+) -> None:
+    """Measure the co-attention of a call scale by scale, print the table, and write what the options ask for.
 
     Args:
-        call: runs the operator any number of times.
-        args: with the options of `add_arguments`.
-        device: where it runs.
-        facts: what the JSON file says before the rows.
+        call: the code to measure, in the dtype and with the backend that the options say.
+        args: of `add_arguments`.
+        device: where the call works.
+        subject: what was run, for the JSON file.
+        environment: makes the device's description for the JSON file.
     """
     from smca_kernels.profiling.recorder import profile
 
@@ -66,7 +77,8 @@ def measure(call: Callable[[], object], args: argparse.Namespace, device: torch.
         call()
     print(measured.table())
     if args.json is not None:
-        write_text(args.json, json.dumps(facts | measured.as_dict(), indent=1, allow_nan=False) + "\n")
+        report = {"subject": dict(subject), "environment": environment(device), **measured.as_dict()}
+        write_text(args.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if args.picture is not None:
         measured.picture(args.picture)
     if args.trace is not None:
@@ -74,7 +86,7 @@ def measure(call: Callable[[], object], args: argparse.Namespace, device: torch.
 
 
 def _write_trace(call: Callable[[], object], path: Path, device: torch.device) -> None:
-    """Trace one run of the call and, after it, each scale on its own, under names of their own."""
+    """Record one run of the call and, after it, each scale on its own, under names of their own."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
