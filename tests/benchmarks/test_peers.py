@@ -86,7 +86,7 @@ def test_plain_sdpa_is_the_operator_at_one_scale_without_a_prior(mask: str, gene
     case = Case("plain", ((5, 9),), batch=2, heads=2, mask=mask, scale_weights=False)
     inputs = make_inputs(case, generator)
     flat = dataclasses.replace(inputs, precision=torch.zeros_like(inputs.precision))
-    expected = reference.attention(*flat.backend_arguments())
+    expected = reference.attention(flat)
     torch.testing.assert_close(peers.plain_sdpa(peers_without_gradients(inputs)), expected.detach())
 
 

@@ -324,8 +324,8 @@ def _ld(e: Emitter) -> None:
         return
     for item in items:
         # What a wider register is filled with is zero, unless the type has a sign.
-        room = width if isinstance(item, Blank) else {"h": 2, "r": 4, "d": 8}[e.register(item).cls]
-        if room < width or (room > width and e.type[0] == "s"):
+        size = width if isinstance(item, Blank) else {"h": 2, "r": 4, "d": 8}[e.register(item).cls]
+        if size < width or (size > width and e.type[0] == "s"):
             e.fail()
     rows = ", ".join(e.row(item) for item in items)
     e.add(f"{UNITS[space]}.load({e.i}, {_located(e, address, space)}, {width}, {count}, ({rows},), {e.mask})")

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 
 @contextmanager
 def compiling_processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Make a pool of processes that import Triton afresh, without TRITON_INTERPRET, and use one thread each."""
+    """Make a pool of processes that import Triton for themselves, without TRITON_INTERPRET, and use one thread each."""
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_prepare)
     try:
         yield pool

@@ -29,7 +29,7 @@ PYRAMID = ((100, 167), (50, 84), (25, 42), (13, 21))
 pytestmark = pytest.mark.usefixtures("always_planned")
 
 
-def plan_of(inputs: CaseInputs, tolerance: float) -> locality.Plan:
+def kernel_plan(inputs: CaseInputs, tolerance: float) -> locality.Plan:
     """The kernels' plan, made in memory that held NaN."""
     with torch.no_grad(), poisoned_memory():
         plan = launch.read_plan(dataclasses.replace(inputs, mass_tolerance=tolerance))
@@ -59,7 +59,7 @@ def twin_windows(inputs: CaseInputs, tolerance: float, like: locality.Plan, fact
 
 
 def assert_plan_is_the_twin_s(inputs: CaseInputs, tolerance: float) -> None:
-    plan = plan_of(inputs, tolerance)
+    plan = kernel_plan(inputs, tolerance)
     each_once = torch.arange(plan.order.shape[2], device=plan.order.device).expand_as(plan.order)
     assert torch.equal(plan.order.sort(-1).values, each_once)
     # What float32 rounds away is far less than a thousandth of t, and of nothing else does a window depend so finely.
@@ -91,7 +91,7 @@ def test_the_order_is_the_twin_s(
     x[queries // 2 + 2 :], y[queries // 2 + 2 :] = x[2], y[2]
     with torch.no_grad():
         inputs.center[0, 0, :, 1] = torch.stack((x, y), -1)
-    order = plan_of(inputs, 0.1).order
+    order = kernel_plan(inputs, 0.1).order
     assert torch.equal(order, locality.order_of(inputs.center.detach().double(), case.spatial_shapes, block=64))
 
 
@@ -102,13 +102,13 @@ def test_centres_that_are_nowhere_have_a_place_in_the_order(
     inputs = make_inputs(Case("", ((4, 40),), queries=70, head_dim=16, dtype="float16"), generator, device)
     with torch.no_grad():
         inputs.center[:, :, ::3] = away
-    order = plan_of(inputs, 0.1).order
+    order = kernel_plan(inputs, 0.1).order
     assert torch.equal(order.sort(-1).values, torch.arange(70, device=device)[None, None])
 
 
 def test_neighbours_in_the_order_are_neighbours_in_the_image(device: torch.device, generator: torch.Generator) -> None:
     inputs = make_inputs(Case("", ((40, 60),), queries=300, head_dim=16), generator, device)
-    order = plan_of(inputs, 0.1).order
+    order = kernel_plan(inputs, 0.1).order
     center = inputs.center.detach()[..., 0, :]
     in_order = center.gather(2, order[..., None].expand_as(center))
 
@@ -247,7 +247,7 @@ def test_output_and_gradients_are_those_of_the_keys_in_the_windows(
     if tolerance == 0.0:
         expectation = Expectation.of(inputs)
     else:
-        plan = plan_of(inputs, tolerance)
+        plan = kernel_plan(inputs, tolerance)
         if case.prior == "narrow":
             assert plan.computed().sum() < elements(inputs)
         with seen_alone(plan.seen(case.spatial_shapes), inputs):
@@ -279,10 +279,10 @@ def fought_inputs(
         inputs.query.mul_(0.02)[..., 0] = 4.0
         inputs.key.mul_(0.02)[..., 0] = -1.0
         inputs.key[:, :, 45, 0] = 1.0
-        hidden = ~plan_of(inputs, tolerance).seen(case.spatial_shapes)[0].any(2)
+        hidden = ~kernel_plan(inputs, tolerance).seen(case.spatial_shapes)[0].any(2)
         inputs.key[..., 0][hidden] = 1.0
         inputs.value[hidden] *= 100
-    return inputs, dropped_mass(inputs, plan_of(inputs, tolerance).seen(case.spatial_shapes)[0])
+    return inputs, dropped_mass(inputs, kernel_plan(inputs, tolerance).seen(case.spatial_shapes)[0])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_no_gradient_sees_what_the_forward_left_out(
     assert 1e-3 * tolerance < mass <= tolerance
     with poisoned_memory():
         actual = run_backend(inputs, "triton", mass_tolerance=tolerance)
-    with seen_alone(plan_of(inputs, tolerance).seen(inputs.spatial_shapes), inputs):
+    with seen_alone(kernel_plan(inputs, tolerance).seen(inputs.spatial_shapes), inputs):
         expectation = Expectation.of(inputs)
     assert_all_within_budget(expectation.compare(actual))
 
@@ -304,7 +304,7 @@ def test_no_gradient_sees_what_the_forward_left_out(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_no_window_holds_gets_no_gradient(dtype: str, device: torch.device, generator: torch.Generator) -> None:
     inputs = gathered_inputs(dataclasses.replace(NARROW, dtype=dtype), generator, device)
-    seen = torch.cat([mask.any(2) for mask in plan_of(inputs, 0.1).seen(inputs.spatial_shapes)], -1)
+    seen = torch.cat([mask.any(2) for mask in kernel_plan(inputs, 0.1).seen(inputs.spatial_shapes)], -1)
     assert not seen.all()
     gradients = run_backend(inputs, "triton", mass_tolerance=0.1)
     for name in ("key", "value"):
@@ -334,7 +334,7 @@ def test_programs_that_share_a_window_merge_to_it(
     inputs = gathered_inputs(dataclasses.replace(NARROW, dtype=dtype, queries=9), generator, device)
     with torch.no_grad(), poisoned_memory():
         actual = attend(inputs, "triton", mass_tolerance=0.1)
-    with seen_alone(plan_of(inputs, 0.1).seen(inputs.spatial_shapes), inputs):
+    with seen_alone(kernel_plan(inputs, 0.1).seen(inputs.spatial_shapes), inputs):
         expectation = Expectation.of(inputs)
     assert_all_within_budget(expectation.compare({"output": actual}))
 
@@ -367,7 +367,7 @@ def test_a_key_that_is_not_finite_reaches_every_query_however_far_away(
         ours = attend(inputs, "triton", mass_tolerance=0.5)
     assert ours[0].isnan().all()
     assert ours[1].isfinite().all()
-    of_image = plan_of(inputs, 0.5).computed().sum((1, 2))
+    of_image = kernel_plan(inputs, 0.5).computed().sum((1, 2))
     assert of_image[1] < of_image[0] == elements(inputs) / 2
 
 
@@ -393,7 +393,7 @@ def test_keys_in_padding_change_no_window(
     inputs = finite_inputs(generator, device, mask=mask)
     padding = torch.cat(reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask), 1)
     with torch.no_grad():
-        expected = plan_of(inputs, 0.5)
+        expected = kernel_plan(inputs, 0.5)
         inputs.key[:, 0][padding] = value
-        ours = plan_of(inputs, 0.5)
+        ours = kernel_plan(inputs, 0.5)
     assert torch.equal(ours.windows, expected.windows)
