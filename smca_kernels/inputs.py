@@ -1,6 +1,6 @@
 """The operator's arguments as one object, checked once and then taken by every backend and tool.
 
-`AttentionInputs.checked` is where wrong arguments are refused, before anything runs: `ValueError` or `TypeError` with the
+`AttentionInputs.checked` refuses wrong arguments before anything runs, with a `ValueError` or `TypeError` that has the
 argument's name, what was expected and what came.
 """
 
