@@ -3,9 +3,9 @@
 - step: one step of training on a batch of noise with random boxes, as `smca train` does it: forward, matching and
   losses, backward, clipping, AdamW. The learning rate is 0, so that all steps do the same work.
 - image: inference of one image, boxes in pixels included.
-- peak: most that torch's allocator held meanwhile beyond what it held before, which is the model and AdamW's state.
-- largest batch: of images of that size whose step fits in the GPU's memory. Not looked for on a CPU.
-- co-attention: a step's calls of the operator, repeated on their own (smca_kernels.profile). Projections don't count.
+- peak: maximum that torch's allocator held during a call, beyond the model and AdamW's state that it held before.
+- largest batch: number of images of that size whose step fits in the GPU's memory. Not searched for on a CPU.
+- co-attention: a step's calls of the operator, repeated on their own (smca_kernels.profile), without projections.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import write_text
+from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device
 
 if TYPE_CHECKING:
     import torch
 
     from smca_kernels.profiling.recorder import Profile
-    from smca_model.engine import Batch, Trainer
+    from smca_model.training.engine import Batch, Trainer
 
 NAIVE, FUSED = "naive", "fused"
 BACKENDS = {NAIVE: "reference", FUSED: "auto"}
@@ -40,14 +41,14 @@ PRESETS = {
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BATCH_SIZE = 2  # on one GPU, as the paper trains
 BOXES = 7  # in an image: COCO's mean
-MOST_IMAGES = 256  # in a batch
-MEMORY_IS_OUT = ("out of memory", "ALLOC_FAILED", "unable to find an engine")  # as torch, Triton and cuDNN's kin say it
+MAX_IMAGES = 256  # in a batch
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")  # in messages of torch, cuBLAS, cuDNN
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """How often each call is measured, and whether the largest batch is looked for."""
+    """Number of measurements of each call, and whether the largest batch is searched for."""
 
     step: int
     image: int
@@ -61,7 +62,7 @@ QUICK_REPEATS = {"cpu": Repeats(2, 3, 2, search=False), "cuda": Repeats(5, 10, 5
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds: median, 20 % and 80 % quantile of the repeats."""
+    """Time in milliseconds: median, 20 % and 80 % quantile of the repeats."""
 
     median: float
     q20: float
@@ -82,15 +83,16 @@ class Row:
     """A detector with one kind of co-attention.
 
     Attributes:
-        preset, precision, height, width, batch: what was run; the batch is that of a step.
+        preset, precision, height, width: the detector and its images.
+        batch: images of a training step.
         co_attention: "naive" or "fused".
-        backend: which backend that is here.
+        backend: the operator's backend that this chose.
         step, image: times, see the module's docstring.
-        step_peak_mb, image_peak_mb: peaks in MB.
-        largest_batch: images, at most MOST_IMAGES; None where it was not looked for.
+        step_peak_mb, image_peak_mb: peaks of memory in MB.
+        largest_batch: images, at most MAX_IMAGES; None if it was not searched for.
         operator_ms: milliseconds of a step's calls of the operator, forward and backward.
-        share: of the step.
-        speedup: of the step over that with naive co-attention.
+        share: that time as a share of the step.
+        speedup: time of a step with naive co-attention over this one.
     """
 
     preset: str
@@ -110,11 +112,11 @@ class Row:
     speedup: float
 
 
-class Subject:
+class DetectorCase:
     """A detector in training whose co-attention can be exchanged.
 
     Args:
-        preset, precision: as `smca train`.
+        preset, precision: as in `smca train`.
         image_size: (height, width) of all images.
         batch_size: images of a step.
         device: where it runs.
@@ -126,8 +128,8 @@ class Subject:
         import torch
 
         from smca_model import build
-        from smca_model.engine import Trainer
-        from smca_model.train import Settings
+        from smca_model.training.engine import Trainer
+        from smca_model.training.settings import Settings
 
         self.preset, self.precision, self.image_size, self.device = preset, precision, image_size, device
         torch.manual_seed(SEED)
@@ -138,7 +140,7 @@ class Subject:
         self.batch = self.make_batch(batch_size)
 
     def make_batch(self, size: int) -> Batch:
-        """Images, all the same noise, with random boxes."""
+        """Images of the same noise, with random boxes."""
         import torch
 
         def target(image_id: int) -> dict[str, Any]:
@@ -151,16 +153,16 @@ class Subject:
         return [self.image] * size, [target(i) for i in range(size)]
 
     def step(self, co_attention: str, batch: Batch | None = None) -> None:
-        """One step of training."""
+        """Train one step."""
         self.trainer.model.backend = BACKENDS[co_attention]
         self.trainer.train_step([batch or self.batch])
 
     def drop_gradients(self) -> None:
-        """Of the last step, which are kept until the next."""
+        """Free the last step's gradients, which are kept until the next step."""
         self.trainer.optimizer.zero_grad(set_to_none=True)
 
     def infer(self, co_attention: str) -> None:
-        """Detections in one image; the model must be in evaluation mode."""
+        """Detect objects in one image; the model must be in evaluation mode."""
         import torch
 
         from smca_model import postprocess
@@ -172,14 +174,14 @@ class Subject:
             postprocess(model([self.image]), [(self.image.shape[1], self.image.shape[2])])
 
     def fits(self, co_attention: str, size: int) -> bool:
-        """Whether a step with a batch of that size fits in the GPU's memory."""
+        """Try whether a step with a batch of that size fits in the GPU's memory."""
         import torch
 
         fitted = True
         try:
             self.step(co_attention, self.make_batch(size))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not any(text in str(error) for text in MEMORY_IS_OUT):
+            if not any(text in str(error) for text in OUT_OF_MEMORY):
                 raise
             fitted = False
         # Outside of the handler, whose traceback holds the step's tensors.
@@ -190,14 +192,14 @@ class Subject:
         return fitted
 
 
-def largest_batch(fits: Callable[[int], bool], most: int = MOST_IMAGES) -> int:
-    """The largest size from 0 to `most` that fits, if every smaller one does: doubling first, then halving."""
+def largest_batch(fits: Callable[[int], bool], limit: int = MAX_IMAGES) -> int:
+    """Largest size from 0 to `limit` that fits, if every smaller one does: doubling first, then halving."""
     fitting, tried = 0, 1
     while fits(tried):
         fitting = tried
-        if fitting == most:
-            return most
-        tried = min(2 * tried, most)
+        if fitting == limit:
+            return limit
+        tried = min(2 * tried, limit)
     while tried - fitting > 1:
         middle = (fitting + tried) // 2
         fitting, tried = (middle, tried) if fits(middle) else (fitting, middle)
@@ -205,10 +207,11 @@ def largest_batch(fits: Callable[[int], bool], most: int = MOST_IMAGES) -> int:
 
 
 def check_parity(profile: Profile, precision: str) -> list[str]:
-    """What is wrong with the backend on inputs of the first call's shape: a line for each tensor over its budget."""
+    """Check the backend on inputs of the first call's shape; return a line for each tensor over its error budget."""
     import torch
 
-    from smca_kernels.testing.parity import Case, check, make_inputs
+    from smca_kernels.testing.cases import Case, make_inputs
+    from smca_kernels.testing.check import check
 
     call = profile.calls()[0]
     shapes = tuple((row.height, row.width) for row in profile.rows() if row.call == 1)
@@ -217,48 +220,51 @@ def check_parity(profile: Profile, precision: str) -> list[str]:
     return [str(each) for each in check(inputs, call.backend) if not each.ratio <= 1.0]
 
 
-def measure(subject: Subject, repeats: Repeats) -> Iterator[Row | str]:
-    """Both rows of a detector; before them a line for everything that is wrong, and no row after such a line."""
+def measure(case: DetectorCase, repeats: Repeats) -> Iterator[Row | str]:
+    """Measure a detector with naive and with fused co-attention.
 
+    Yields:
+        a row for each; or, if parity fails, a line for each tensor over its error budget and no row.
+    """
     from smca_kernels import profile
     from smca_kernels.profiling.measure import interleaved_times, peak_bytes
 
-    device = subject.device
+    device = case.device
     profiles = {}
     for kind in BACKENDS:
         with profile(repeats.operator) as profiles[kind]:
-            subject.step(kind)
-    wrong = check_parity(profiles[FUSED], subject.precision)
-    yield from (f"parity failed, not measured: {line}" for line in wrong)
-    if wrong:
+            case.step(kind)
+    failures = check_parity(profiles[FUSED], case.precision)
+    yield from (f"parity failed, not measured: {line}" for line in failures)
+    if failures:
         return
-    tell(f"{subject.preset}: {repeats.step} steps of each …")
-    calls = {kind: functools.partial(_drop_number, functools.partial(subject.step, kind)) for kind in BACKENDS}
+    log(f"{case.preset}: {repeats.step} steps of each …")
+    calls = {kind: functools.partial(_ignore_repeat, functools.partial(case.step, kind)) for kind in BACKENDS}
     steps = {kind: Time.of(seconds) for kind, seconds in interleaved_times(calls, repeats.step, device).items()}
     step_peaks = {}
     for kind in BACKENDS:
-        subject.drop_gradients()
-        step_peaks[kind] = peak_bytes(functools.partial(subject.step, kind), device)
-    subject.drop_gradients()
-    subject.trainer.model.eval()
-    tell(f"{subject.preset}: {repeats.image} images with each …")
-    calls = {kind: functools.partial(_drop_number, functools.partial(subject.infer, kind)) for kind in BACKENDS}
+        case.drop_gradients()
+        step_peaks[kind] = peak_bytes(functools.partial(case.step, kind), device)
+    case.drop_gradients()
+    case.trainer.model.eval()
+    log(f"{case.preset}: {repeats.image} images with each …")
+    calls = {kind: functools.partial(_ignore_repeat, functools.partial(case.infer, kind)) for kind in BACKENDS}
     images = {kind: Time.of(seconds) for kind, seconds in interleaved_times(calls, repeats.image, device).items()}
-    image_peaks = {kind: peak_bytes(functools.partial(subject.infer, kind), device) for kind in BACKENDS}
+    image_peaks = {kind: peak_bytes(functools.partial(case.infer, kind), device) for kind in BACKENDS}
     largest: dict[str, int | None] = dict.fromkeys(BACKENDS)
     if repeats.search and device.type == "cuda":
         for kind in BACKENDS:
-            tell(f"{subject.preset}: the largest batch, {kind} …")
-            largest[kind] = largest_batch(functools.partial(subject.fits, kind))
-    height, width = subject.image_size
+            log(f"{case.preset}: the largest batch, {kind} …")
+            largest[kind] = largest_batch(functools.partial(case.fits, kind))
+    height, width = case.image_size
     for kind in BACKENDS:
         operator = sum(call.milliseconds for call in profiles[kind].calls())
         yield Row(
-            preset=subject.preset,
-            precision=subject.precision,
+            preset=case.preset,
+            precision=case.precision,
             height=height,
             width=width,
-            batch=len(subject.batch[0]),
+            batch=len(case.batch[0]),
             co_attention=kind,
             backend=profiles[kind].calls()[0].backend,
             step=steps[kind],
@@ -272,12 +278,12 @@ def measure(subject: Subject, repeats: Repeats) -> Iterator[Row | str]:
         )
 
 
-def _drop_number(call: Callable[[], None], _: int) -> None:
+def _ignore_repeat(call: Callable[[], None], repeat: int) -> None:
     call()
 
 
 def format_rows(rows: list[Row]) -> Iterator[str]:
-    """Lines of a Markdown table."""
+    """Lines of a Markdown table of rows."""
     yield (
         "| preset | co-attention | step, ms | × naive | image, ms | step's peak, MB | image's peak, MB | largest batch "
         "| co-attention, ms | of the step |"
@@ -285,16 +291,16 @@ def format_rows(rows: list[Row]) -> Iterator[str]:
     yield f"|---|---|{'---:|' * 8}"
     for row in rows:
         largest = "not measured" if row.largest_batch is None else str(row.largest_batch)
-        if row.largest_batch == MOST_IMAGES:
-            largest = f"≥ {MOST_IMAGES}"
+        if row.largest_batch == MAX_IMAGES:
+            largest = f"≥ {MAX_IMAGES}"
         cells = [row.preset, f"{row.co_attention} ({row.backend})", str(row.step), f"{row.speedup:.2f}", str(row.image)]
         cells += [f"{row.step_peak_mb:.0f}", f"{row.image_peak_mb:.0f}", largest]
         cells += [f"{row.operator_ms:.2f}", f"{row.share:.1%}"]
         yield f"| {' | '.join(cells)} |"
 
 
-def tell(line: str) -> None:
-    """Progress; stdout is for the results."""
+def log(line: str) -> None:
+    """Print progress to stderr; stdout is for the results."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -315,9 +321,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca bench-model`: exit status 0, or 1 if parity fails or something does not fit in memory."""
-    import torch
-
+    """Run `smca bench-model`: exit status 1 if parity fails or a measurement does, else 0."""
+    check_packages(["scipy", "torchvision"], "model")
     from smca_model.presets import IMAGE_SIZE, TINY_IMAGE_SIZE
     from smca_model.presets import PRESETS as KNOWN
 
@@ -328,9 +333,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"PRESET must be among {', '.join(KNOWN)}, got {', '.join(unknown)}")
     if args.batch_size < 1 or (args.size and min(args.size) < 1):
         raise ValueError(f"--batch-size and --size must be at least 1, got {args.batch_size} and {args.size}")
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json must name a file in an existing folder, got {args.json}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_output_file("--json", args.json)
+    device = choose_device()
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     repeats = (QUICK_REPEATS if args.quick else REPEATS)[device.type]
     facts = environment(device)
@@ -338,17 +342,17 @@ def run(args: argparse.Namespace) -> int:
     failures: dict[str, list[str]] = {}
     for preset in args.presets or PRESETS[device.type]:
         size = args.size or (TINY_IMAGE_SIZE if KNOWN[preset].backbone == "tiny" else IMAGE_SIZE)
-        tell(f"{preset}: {size[0]}×{size[1]}, batch {args.batch_size}, {precision} on {device} …")
+        log(f"{preset}: {size[0]}×{size[1]}, batch {args.batch_size}, {precision} on {device} …")
         try:
-            results = list(measure(Subject(preset, precision, tuple(size), args.batch_size, device), repeats))
+            results = list(measure(DetectorCase(preset, precision, tuple(size), args.batch_size, device), repeats))
         except Exception as error:  # out of memory, say; the others may well work
-            tell(traceback.format_exc())
+            log(traceback.format_exc())
             results = [f"not measured: {(str(error) or repr(error)).splitlines()[0]}"]
         gc.collect()
         rows += [result for result in results if isinstance(result, Row)]
-        wrong = [result for result in results if isinstance(result, str)]
-        if wrong:
-            failures[preset] = wrong
+        lines = [result for result in results if isinstance(result, str)]
+        if lines:
+            failures[preset] = lines
         if args.json is not None:
             report = {"environment": facts, "rows": [dataclasses.asdict(row) for row in rows], "failures": failures}
             write_text(args.json, json.dumps(report, indent=1) + "\n")

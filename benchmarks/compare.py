@@ -1,12 +1,12 @@
-"""`smca bench --base FILE`: an earlier run against this one, and which differences are more than noise.
+"""Comparison of a run with an earlier one (`smca bench --base FILE`), and which differences are more than noise.
 
 A time is a regression if its median grew by more than noise explains, which is the sum of
 
 - both runs' relative spreads, (q80 - q20) / median of 20 and 80 % quantiles,
-- and the median growth of what isn't ours, naive PyTorch and other peers, over all workloads: nobody changed these, so
-  it is what the machine itself moved by.
+- and the median growth, over all workloads, of naive PyTorch and the other peers that aren't ours: nobody changed
+  these, so their growth is the machine's.
 
-Memory has no quantiles; there, 1 % is a difference.
+Memory has no quantiles; its limit is 1 %.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 TIMED = ("time", "replay", "overhead")
 COMPARED = (*TIMED, "saved", "peak")
 MEMORY_TOLERANCE = 0.01
-SAME = ("device", "name", "threads", "float32_matmul_precision")  # of the environment, or nothing can be said
+MUST_MATCH = ("device", "name", "threads", "float32_matmul_precision")  # in the environments of two runs
 
 Key = tuple[str, str, str, str, str]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One row in two runs; `allowed` is the growth that would still be noise."""
+    """One row in two runs; `allowed` is the largest growth that noise explains."""
 
     measure: str
     workload: str
@@ -36,7 +36,7 @@ class Change:
     peer: str
     unit: str
     before: float
-    after: float | None  # None: not measured any more, though the rest of its workload was
+    after: float | None  # None: no longer measured, though the rest of its workload was
     allowed: float
     regression: bool
 
@@ -46,17 +46,21 @@ class Change:
 
 
 def check_comparable(base: dict[str, Any], environment: dict[str, Any]) -> None:
-    """ValueError, telling what differs, if two runs were not made on the same kind of device."""
-    for name in SAME:
+    """Check that two runs come from the same kind of device.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    for name in MUST_MATCH:
         if base.get(name) != environment.get(name):
             raise ValueError(
                 f"--base must come from a run like this one: its {name} is {base.get(name)}, here {environment[name]}"
             )
 
 
-def _rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+def _rows(run: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     keys = ("measure", "workload", "step", "dtype", "peer")
-    return {tuple(row[key] for key in keys): row for row in report["rows"]}
+    return {tuple(row[key] for key in keys): row for row in run["rows"]}
 
 
 def _spread(row: dict[str, Any]) -> float:
@@ -74,14 +78,17 @@ def _drift(measure: str, base: dict[str, Any], before: dict[Key, Any], after: di
     return statistics.median(growths) if growths else 0.0
 
 
-def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
-    """Rows of our backends in both runs, the earlier one first; those gone from a workload that was measured as well.
+def compare(base: dict[str, Any], run: dict[str, Any]) -> list[Change]:
+    """Compare the rows of our backends in two runs.
 
     Args:
         base: the earlier run's JSON.
-        found: this run's.
+        run: the later run's.
+
+    Returns:
+        a change for each row that both have, and for each that is missing from a workload measured in both.
     """
-    before, after = _rows(base), _rows(found)
+    before, after = _rows(base), _rows(run)
     measured = {key[:4] for key in after}
     drifts = {measure: _drift(measure, base, before, after) for measure in TIMED}
     changes = []
@@ -91,7 +98,7 @@ def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
             continue
         new = after.get(key)
         if new is None:
-            if peer in found["peers"]:
+            if peer in run["peers"]:
                 changes.append(Change(*key, old["unit"], old["value"], None, 0.0, regression=True))
             continue
         growth = new["value"] / old["value"] - 1
@@ -102,7 +109,7 @@ def compare(base: dict[str, Any], found: dict[str, Any]) -> list[Change]:
 
 
 def markdown(changes: Sequence[Change], base: Path) -> str:
-    """The changes as a table, regressions marked."""
+    """Format the changes as a Markdown table, regressions marked."""
     lines = [f"## Against {base.name}", ""]
     lines += ["| measure | workload | step | dtype | backend | before | now | growth | noise | |"]
     lines += ["|---|---|---|---|---|---:|---:|---:|---:|---|"]

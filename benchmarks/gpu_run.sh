@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one call of under ten minutes: benchmarks/gpu_run.sh FOLDER
 #
-# Runs from the source tree; nothing need be installed but torch and triton. PYTHON names another interpreter than
-# python3. Every step has a time limit and a log; FOLDER/summary.json is renewed after each, so that what a cut-off
-# run has done is known. Exit status 1 if any step did not pass, after all of them ran.
+# Runs from the source tree; only torch and triton must be installed. PYTHON names another interpreter than python3.
+# Every step has a time limit and a log. FOLDER/summary.json is rewritten after each, so that it is complete up to the
+# point where a run was cut off. Exit status 1 if any step did not pass, after all of them ran.
 set -u
 
 if [ $# -ne 1 ]; then
@@ -17,14 +17,16 @@ PYTHON=${PYTHON:-python3}
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 rm -f "$OUT"/steps/* "$OUT/summary.json"
 cd "$ROOT" || exit 2
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# An installation gives the folder benchmarks/ this name; here a link does.
+PACKAGES=$(mktemp -d) || exit 2
+trap 'rm -rf "$PACKAGES"' EXIT
+ln -s "$ROOT/benchmarks" "$PACKAGES/smca_benchmarks"
+export PYTHONPATH="$ROOT:$PACKAGES${PYTHONPATH:+:$PYTHONPATH}"
 
-# Those without a GPU in them (the command line, metadata) have run elsewhere.
+# The tests of code that runs on a GPU; those of commands and metadata run elsewhere.
 KERNEL_TESTS=()
-for stem in tiles forward backward operator kernels locality attention sdpa layers; do
-    for file in tests/test_"$stem"*.py; do
-        [ -f "$file" ] && KERNEL_TESTS+=("$file")
-    done
+for path in tests/backends tests/nn tests/test_attention.py; do
+    [ -e "$path" ] && KERNEL_TESTS+=("$path")
 done
 
 record() { # name status exit_code seconds
@@ -72,7 +74,7 @@ smca() { # name seconds arguments...
 sanitize() { # tool seconds
     # Torch's cache would hide an access past a tensor's end in the memory that it gave to another.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" \
-        "$SANITIZER" --tool "$1" --error-exitcode 86 "$PYTHON" -m smca_benchmarks.small_shapes
+        "$SANITIZER" --tool "$1" --error-exitcode 86 "$PYTHON" -m smca_benchmarks.sanitize
 }
 
 smca env 20 env --json "$OUT/env.json"
@@ -99,16 +101,16 @@ done
 wait
 summarise
 
-# Writes its file after each workload, and begins none after the seconds that it is given.
-smca bench 200 bench --seconds 170 --json "$OUT/bench.json"
+# Writes its file after each workload, and begins none after --seconds.
+smca bench 200 bench --bars --seconds 170 --json "$OUT/bench.json"
 summarise
 picture=()
 "$PYTHON" -c "import matplotlib" 2>/dev/null && picture=(--picture "$OUT/profile.png")
 smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --trace "$OUT/trace.json" "${picture[@]}"
 summarise
-if "$PYTHON" -c "import torchvision" 2>/dev/null; then
+if "$PYTHON" -c "import scipy, torchvision" 2>/dev/null; then
     smca bench-model 120 bench-model --quick --json "$OUT/bench-model.json"
 else
-    missing bench-model torchvision
+    missing bench-model "scipy or torchvision"
 fi
 summarise

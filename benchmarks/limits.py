@@ -1,4 +1,4 @@
-"""What a GPU could do at best: attention elements per second if its busiest unit never idled."""
+"""Limits of a GPU: attention elements per second if its busiest unit never idled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .workloads import BOTH, FORWARD
 
 @dataclass(frozen=True)
 class Work:
-    """What no algorithm can do without, per attention element: products of head_dim channels, exp2, additions."""
+    """Work per attention element that no algorithm can save: products of head_dim channels, exp2, additions."""
 
     products: int
     exponentials: int
@@ -25,7 +25,7 @@ STEPS = {FORWARD: ("forward",), BOTH: ("forward", "backward")}
 
 
 def cycles_per_element(card: Architecture, pass_: str, dtype: str, head_dim: int, tf32: bool = False) -> float:
-    """Cycles of one SM, the slowest unit's: tensor cores (or FP32 lanes in their place), EX2, FP32.
+    """Cycles per element of an SM's slowest unit: tensor cores (or FP32 lanes in their place), EX2, FP32.
 
     Args:
         card: the GPU.

@@ -1,13 +1,13 @@
-"""How each number of `smca bench` is measured, as rows of a subject (the measures of workloads.MEASURES).
+"""Measurements of `smca bench`: functions that give the rows of a case, one for each of workloads.MEASURES.
 
 - time: forward (without gradients) and forward + backward, peers in turns, inputs rotated past the caches.
 - replay: the same as CUDA graphs, for workloads so small that launching takes a good part of the time.
 - preparation: the part of a peer's forward that only builds masks or columns; it is in its time as well.
 - saved: what autograd keeps between forward and backward, as distinct storages, the inputs' own among them.
-- peak: most that torch's allocator held during forward + backward beyond inputs, output and gradients.
-- overhead: one call on tiny inputs that require gradients, as the host sees it, beside torch's own SDPA.
+- peak: maximum that torch's allocator held during forward + backward, beyond inputs, output and gradients.
+- overhead: host time of one call on tiny inputs that require gradients, beside torch's own SDPA.
 
-The seconds of a compiled peer's first call are taken where it is let in, in gate.py.
+admission.py takes the time of a compiled peer's first call, planned_elements.py counts elements.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from smca_kernels import explain_backend, smca_attention
 from smca_kernels.profiling import measure as profiling
-from smca_kernels.testing.parity import BACKENDS, Inputs
+from smca_kernels.testing.cases import CaseInputs
+from smca_kernels.tools.parity.command import BACKENDS
 
 from . import limits
-from .records import Left, Row, explain
-from .subject import (
+from .cases import (
     SEED,
-    Subject,
+    BenchmarkCase,
     grad_mode,
     input_bytes,
     make_call,
@@ -39,45 +39,53 @@ from .subject import (
     seconds_of,
     without_gradients,
 )
+from .records import Row, Skipped, explain
 from .workloads import BOTH, FORWARD
 
-ROTATED_BYTES = 256e6  # of inputs taken in turns, so that none is still in a cache
-MOST_ROTATED = 16
+ROTATED_BYTES = 256e6  # of inputs used in turn, so that none is still in a cache
+MAX_ROTATED = 16
 OVERHEAD_CALLS = 100  # in one measurement, so that the clock's own cost does not count
 REPLAYED_ELEMENTS = 6e7  # up to here, launching may take longer than computing
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long one step of one workload is measured, all peers together, and how often at least and at most."""
+    """Limits on the repeats of a measurement.
+
+    Attributes:
+        seconds: time for one step of one workload, all peers together.
+        min_repeats, max_repeats: of each peer, whatever that time allows.
+        overhead_repeats: of a tiny call.
+    """
 
     seconds: float
-    least: int
-    most: int
-    overhead: int
+    min_repeats: int
+    max_repeats: int
+    overhead_repeats: int
 
     def repeats(self, round_seconds: float) -> int:
-        """How often each peer is measured, when one turn of all takes so long."""
-        return max(self.least, min(self.most, int(self.seconds / round_seconds)))
+        """Number of repeats when one round of all peers takes so many seconds."""
+        return max(self.min_repeats, min(self.max_repeats, int(self.seconds / round_seconds)))
 
 
-def rotated_inputs(subject: Subject) -> list[Inputs]:
-    """Inputs to take in turns, more than any cache holds."""
-    first = subject.inputs()
-    count = min(MOST_ROTATED, 1 + int(ROTATED_BYTES // input_bytes(first)))
-    return [first, *(subject.inputs(SEED + i) for i in range(1, count))]
+def rotated_inputs(case: BenchmarkCase) -> list[CaseInputs]:
+    """CaseInputs to use in turn, more than any cache holds."""
+    first = case.inputs()
+    count = min(MAX_ROTATED, 1 + int(ROTATED_BYTES // input_bytes(first)))
+    return [first, *(case.inputs(SEED + i) for i in range(1, count))]
 
 
 def in_turn(calls: Sequence[Callable[[], object]], repeat: int) -> None:
+    """Make the call whose turn it is."""
     calls[repeat % len(calls)]()
 
 
 def measure_time(
-    subject: Subject, sets: Sequence[Inputs], admitted: dict[str, list[str]], effort: Effort
-) -> Iterator[Row | Left]:
+    case: BenchmarkCase, sets: Sequence[CaseInputs], admitted: dict[str, list[str]], effort: Effort
+) -> Iterator[Row | Skipped]:
     """Rows of time, of its preparation, and of CUDA-graph replays of small workloads."""
     for step, names in admitted.items():
-        peers = [subject.peers[name] for name in names]
+        peers = [case.peers[name] for name in names]
         calls: dict[str, Sequence[Callable[[], Any]]]
         calls = {peer.name: [make_call(peer, step, inputs) for inputs in sets] for peer in peers}
         if step == FORWARD:
@@ -85,21 +93,21 @@ def measure_time(
                 if peer.prepare is not None:
                     plain = [partial(peer.prepare, without_gradients(inputs)) for inputs in sets]
                     calls[f"preparation of {peer.name}"] = plain
-        yield from _times("time", subject, step, calls, effort)
-        if subject.device.type == "cuda" and subject.workload.elements <= REPLAYED_ELEMENTS:
+        yield from _times("time", case, step, calls, effort)
+        if case.device.type == "cuda" and case.workload.elements <= REPLAYED_ELEMENTS:
             replays = {}
             for peer in peers:
-                replay = _captured_or_why_not(step, calls[peer.name])
+                replay = _captured_or_reason(step, calls[peer.name])
                 if isinstance(replay, str):
-                    yield subject.left(peer.name, f"{step}, replay", replay)
+                    yield case.skipped(peer.name, f"{step}, replay", replay)
                 else:
                     replays[peer.name] = replay
-            yield from _times("replay", subject, step, replays, effort)
+            yield from _times("replay", case, step, replays, effort)
 
 
 def _times(
     measure: str,
-    subject: Subject,
+    case: BenchmarkCase,
     step: str,
     calls: Mapping[str, Sequence[Callable[[], object]]],
     effort: Effort,
@@ -107,56 +115,56 @@ def _times(
     if not calls:
         return
     with grad_mode(step):
-        one_round = sum(seconds_of(each[0], subject.device) for each in calls.values())
+        one_round = sum(seconds_of(each[0], case.device) for each in calls.values())
         turns = {name: partial(in_turn, each) for name, each in calls.items()}
-        seconds = profiling.interleaved_times(turns, effort.repeats(one_round), subject.device)
+        seconds = profiling.interleaved_times(turns, effort.repeats(one_round), case.device)
     for name, values in seconds.items():
         peer = name.removeprefix("preparation of ")
         kind = measure if peer == name else "preparation"
-        yield subject.row(kind, step, peer, [1e3 * value for value in values])
+        yield case.row(kind, step, peer, [1e3 * value for value in values])
 
 
-def _captured_or_why_not(step: str, calls: Sequence[Callable[[], object]]) -> list[Callable[[], None]] | str:
+def _captured_or_reason(step: str, calls: Sequence[Callable[[], object]]) -> list[Callable[[], None]] | str:
     try:
         with grad_mode(step):
             return captured(calls)
-    except Exception as error:  # the end of a failed capture raises as well, and hides what went wrong
+    except Exception as error:  # the end of a failed capture raises as well, and hides the cause
         return explain(error.__context__ or error)
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> list[Callable[[], None]]:
-    """Calls as CUDA graphs, to be replayed one at a time, as they share the memory of what they compute."""
+    """Capture calls as CUDA graphs, which share memory: replay one at a time."""
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     graphs = []
     with torch.cuda.stream(stream):  # a failed capture would leave its own stream the current one
         for call in calls:
-            call()  # what a first call allocates or compiles must not be captured
+            call()  # the first call allocates and compiles, which must not be captured
             graphs.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(graphs[-1], pool=pool, stream=stream):
                 call()
     return [graph.replay for graph in graphs]
 
 
-def measure_memory(subject: Subject, inputs: Inputs, names: Sequence[str]) -> Iterator[Row | Left]:
-    """Rows of bytes saved for backward and of peak memory, in MB, and of the sizes that they are compared with."""
+def measure_memory(case: BenchmarkCase, inputs: CaseInputs, names: Sequence[str]) -> Iterator[Row | Skipped]:
+    """Rows of memory saved for backward and at its peak, in MB, and of the sizes that they are compared with."""
     given, outputs = input_bytes(inputs), output_bytes(inputs)
-    yield subject.row("saved", FORWARD, "inputs", [given / 1e6])
+    yield case.row("saved", FORWARD, "inputs", [given / 1e6])
     both = (given + per_scale_bytes(inputs)) / 1e6
-    yield subject.row("saved", FORWARD, "inputs + outputs of each scale", [both])
+    yield case.row("saved", FORWARD, "inputs + outputs of each scale", [both])
     for name in names:
-        peer = subject.peers[name]
+        peer = case.peers[name]
         if peer.same:
-            yield subject.row("saved", FORWARD, name, [profiling.saved_bytes(partial(peer.attend, inputs)) / 1e6])
-            peak = profiling.peak_bytes(make_call(peer, BOTH, inputs), subject.device) - outputs
-            yield subject.row("peak", BOTH, name, [max(peak, 0) / 1e6])
+            yield case.row("saved", FORWARD, name, [profiling.saved_bytes(partial(peer.attend, inputs)) / 1e6])
+            peak = profiling.peak_bytes(make_call(peer, BOTH, inputs), case.device) - outputs
+            yield case.row("peak", BOTH, name, [max(peak, 0) / 1e6])
 
 
 def host_times(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Microseconds that one host thread spends on each call, not waiting for the device."""
+    """Microseconds of one host thread per call, without waiting for the device."""
     values: dict[str, list[float]] = {name: [] for name in calls}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # waking the others would be most of the time, and is not the call's overhead
+    torch.set_num_threads(1)  # waking the others would take most of the time, and is not the call's overhead
     try:
         for repeat in range(repeats + 1):
             for name, call in calls.items():
@@ -173,9 +181,9 @@ def host_times(calls: dict[str, Callable[[], object]], repeats: int, device: tor
     return values
 
 
-def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
-    """Rows of what one call costs on the host, recording for its backward, and what it costs with that."""
-    inputs = subject.inputs()
+def measure_overhead(case: BenchmarkCase, repeats: int) -> Iterator[Row]:
+    """Rows of the host time of one call that records gradients, without and with its backward."""
+    inputs = case.inputs()
     arguments = inputs.arguments()
     default = explain_backend(**arguments).backend
     leaves = list(inputs.differentiable().values())
@@ -188,26 +196,26 @@ def measure_overhead(subject: Subject, repeats: int) -> Iterator[Row]:
     def plain_both() -> None:
         torch.autograd.grad(scaled_dot_product_attention(*plain), plain, inputs.grad_output)
 
-    ours = [name for name in BACKENDS if name in subject.peers and not subject.peers[name].unsupported(inputs, True)]
+    ours = [name for name in BACKENDS if name in case.peers and not case.peers[name].unsupported(inputs, True)]
     torch_calls: dict[str, Callable[[], object]]
     torch_calls = {FORWARD: partial(scaled_dot_product_attention, *plain), BOTH: plain_both}
     for step, torch_call in torch_calls.items():
         calls: dict[str, Callable[[], object]] = {"torch SDPA": torch_call}
         calls |= {name: our_call(name, step) for name in ours}
-        for name, values in host_times(calls, repeats, subject.device).items():
-            yield subject.row("overhead", step, name, values)
+        for name, values in host_times(calls, repeats, case.device).items():
+            yield case.row("overhead", step, name, values)
 
 
-def limit_rows(subject: Subject) -> Iterator[Row]:
-    """What the device could do at best, as rows of a peer "limit"; nothing where its limits aren't known."""
-    if subject.device.type != "cuda":
+def limit_rows(case: BenchmarkCase) -> Iterator[Row]:
+    """Rows of a peer "limit", the least time that the device could take; none where its limits aren't known."""
+    if case.device.type != "cuda":
         return
-    card = limits.card_of(torch.cuda.get_device_capability(subject.device))
+    card = limits.card_of(torch.cuda.get_device_capability(case.device))
     if card is None:
         return
-    multiprocessors = torch.cuda.get_device_properties(subject.device).multi_processor_count
+    multiprocessors = torch.cuda.get_device_properties(case.device).multi_processor_count
     card = dataclasses.replace(card, multiprocessors=multiprocessors)
     tf32 = torch.get_float32_matmul_precision() != "highest"
     for step in (FORWARD, BOTH):
-        rate = limits.elements_per_second(card, step, subject.dtype, subject.workload.head_dim, tf32)
-        yield subject.row("time", step, "limit", [1e3 * subject.workload.elements / rate])
+        rate = limits.elements_per_second(card, step, case.dtype, case.workload.head_dim, tf32)
+        yield case.row("time", step, "limit", [1e3 * case.workload.elements / rate])

@@ -1,11 +1,11 @@
-"""What the operator is compared with, each as those who know it best would set it up.
+"""Rivals of the operator, each set up as those who know it best would do it.
 
 All compute spatially modulated co-attention over every scale, with scale weights, and give gradients to all six inputs;
-only those marked `same=False` compute something else, and stand there for context.
+only those marked `same=False` compute another function, and are there for context.
 
-`wide_*` use that the prior is a dot product, -p (x - c)² = -p x² + 2 p c · x + a constant of the row, which softmax
-ignores: four columns more for queries and keys. In half precision these columns are rounded, and the logits are then
-off by whole units where the prior is steep: `logit_error` tells by how much.
+`wide` uses that the prior is a dot product, -p (x - c)² = -p x² + 2 p c · x + a constant of the row, which softmax
+ignores: four more columns for queries and keys. Half precision rounds these columns, and the logits are then off by
+whole units where the prior is steep, which `logit_error` measures.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch.nn.functional import grid_sample, pad, scaled_dot_product_attention
 
 from smca_kernels import explain_backend, smca_attention
 from smca_kernels.backends import reference
-from smca_kernels.testing.parity import Inputs
+from smca_kernels.inputs import AttentionInputs
 
 HALF = (torch.float16, torch.bfloat16)
-POINTS = 4  # that deformable attention samples, per head and scale
+POINTS = 4  # sampled by deformable attention, per head and scale
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Peer:
     """One way to compute the attention, or something near it.
 
     Attributes:
-        name: what tables and plots call it.
-        what: how it is set up, in a line.
+        name: its name in tables and plots.
+        what: its setup, in a line.
         attend: the whole forward, output [B, H, N, D].
-        prepare: the part of `attend` before the attention proper, which is counted and also shown apart.
-        unsupported: why it can't run on these inputs with or without gradients, or None.
+        prepare: the part of `attend` before the attention proper, which is measured in it and also separately.
+        unsupported: the reason why it can't run on these inputs, with or without gradients, or None.
         logit_error: largest absolute error of a logit, where inputs are rounded.
         ours: whether it is a backend of this library.
         same: whether it computes spatially modulated co-attention.
@@ -48,25 +48,20 @@ class Peer:
 
     name: str
     what: str
-    attend: Callable[[Inputs], Tensor]
-    prepare: Callable[[Inputs], Any] | None = None
-    unsupported: Callable[[Inputs, bool], str | None] = lambda inputs, with_gradients: None
-    logit_error: Callable[[Inputs], float] | None = None
+    attend: Callable[[AttentionInputs], Tensor]
+    prepare: Callable[[AttentionInputs], Any] | None = None
+    unsupported: Callable[[AttentionInputs, bool], str | None] = lambda inputs, with_gradients: None
+    logit_error: Callable[[AttentionInputs], float] | None = None
     ours: bool = False
     same: bool = True
     compiled: bool = False
 
 
-def softmax_scale(inputs: Inputs) -> float:
-    """`scale`, or its default."""
-    return inputs.query.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+def _by_scale(tensor: Tensor, inputs: AttentionInputs) -> Sequence[Tensor]:
+    return tensor.split(inputs.keys_per_scale(), dim=2)
 
 
-def _by_scale(tensor: Tensor, inputs: Inputs) -> Sequence[Tensor]:
-    return tensor.split([height * width for height, width in inputs.spatial_shapes], dim=2)
-
-
-def _combined(outputs: Iterable[Tensor], inputs: Inputs) -> Tensor:
+def _combined(outputs: Iterable[Tensor], inputs: AttentionInputs) -> Tensor:
     """Σ_s α_s O_s in query's dtype."""
     total = None
     for s, output in enumerate(outputs):
@@ -76,30 +71,30 @@ def _combined(outputs: Iterable[Tensor], inputs: Inputs) -> Tensor:
     return total.to(inputs.query.dtype)
 
 
-def _is_half(inputs: Inputs) -> bool:
+def _is_half(inputs: AttentionInputs) -> bool:
     return inputs.query.dtype in HALF
 
 
 # -------------------------------------------------------------------------------------------------- ours and naive
 
 
-def ours(inputs: Inputs, **options: Any) -> Tensor:
+def ours(inputs: AttentionInputs, **options: Any) -> Tensor:
     """`smca_attention` with options of its own."""
-    return smca_attention(**inputs.arguments(), **options)
+    return smca_attention(**inputs.arguments() | options)
 
 
-def ours_unsupported(inputs: Inputs, with_gradients: bool, **options: Any) -> str | None:
-    """Why it can't be timed on these inputs, or need not be."""
+def ours_unsupported(inputs: AttentionInputs, with_gradients: bool, **options: Any) -> str | None:
+    """Reason why a backend can't be timed on these inputs, or need not be, or None."""
     if options["backend"] == "triton" and inputs.query.device.type == "cpu":
         return "its kernels are compiled for GPUs; Triton's interpreter only checks them here (`smca parity`)"
     try:
-        explain_backend(**inputs.arguments(), **options)
+        explain_backend(**inputs.arguments() | options)
     except ValueError as error:
         return str(error)
     if options.get("mass_tolerance") == 0.0:
         from smca_kernels.backends.triton import launch
 
-        if not launch.plan_pays(inputs.query, [side for shape in inputs.spatial_shapes for side in shape]):
+        if not launch.is_planned(inputs):
             return "it is the same as triton, which looks for keys to leave out in larger calls only"
     return None
 
@@ -111,12 +106,12 @@ OURS: dict[str, dict[str, Any]] = {  # name: options
 }
 
 
-def naive(inputs: Inputs) -> Tensor:
+def naive(inputs: AttentionInputs) -> Tensor:
     """Every queries × keys tensor in eager PyTorch, scale after scale, as the authors' code does it."""
-    return reference.attention(*inputs.backend_arguments())
+    return reference.attention(inputs)
 
 
-# Whole forwards for the shapes at hand: what a compiler knows it can use.
+# Static shapes and one graph for the whole forward: the compiler may use everything that it knows.
 compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
@@ -125,11 +120,11 @@ compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 @lru_cache(maxsize=64)
 def _coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Column and row of every cell; a model keeps such tables."""
+    """Column and row of every cell, cached as a model would do it."""
     return reference.cell_coordinates(height, width, like=torch.empty(0, dtype=dtype, device=device))
 
 
-def masks(inputs: Inputs) -> list[Tensor]:
+def masks(inputs: AttentionInputs) -> list[Tensor]:
     """The prior of each scale as an additive mask [B, H, N, T_s] in query's dtype, padding merged."""
     heads, biases = inputs.query.shape[1], []
     ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
@@ -146,9 +141,9 @@ def masks(inputs: Inputs) -> list[Tensor]:
     return biases
 
 
-def sdpa_mask(inputs: Inputs) -> Tensor:
-    """SDPA's memory-efficient kernel, the one that takes a mask and gives it a gradient, on the CPU whichever does."""
-    query, scale = inputs.query, softmax_scale(inputs)
+def sdpa_mask(inputs: AttentionInputs) -> Tensor:
+    """SDPA's memory-efficient kernel, which takes a mask and gives it a gradient; on the CPU the one that does."""
+    query, scale = inputs.query, inputs.scale
     calls = zip(_by_scale(inputs.key, inputs), _by_scale(inputs.value, inputs), masks(inputs), strict=True)
     kernels = [SDPBackend.EFFICIENT_ATTENTION] if query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels):
@@ -167,13 +162,13 @@ def _features(height: int, width: int, dtype: torch.dtype, device: torch.device)
     return torch.stack([x**2, x, y**2, y], -1).to(dtype)
 
 
-def wide(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-    """Queries and keys of each scale, widened by the prior's four columns, and one for padding where there is any.
+def wide(inputs: AttentionInputs) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of each scale, widened by the prior's four columns, and by one for padding if there is any.
 
-    Zeros fill up to a multiple of 8 channels, so that rows start at multiples of 16 bytes.
+    Zeros fill the channels up to a multiple of 8, so that rows start at multiples of 16 bytes.
     """
     batch, heads, _, head_dim = inputs.query.shape
-    scale, dtype = softmax_scale(inputs), inputs.query.dtype
+    scale, dtype = inputs.scale, inputs.query.dtype
     ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
     pairs = []
     for s, ((height, width), key) in enumerate(zip(inputs.spatial_shapes, _by_scale(inputs.key, inputs), strict=True)):
@@ -192,15 +187,15 @@ def wide(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _padded_wide(inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The same with values of the same width, as fused kernels want them."""
+def _padded_wide(inputs: AttentionInputs) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each scale, all of the same width, as fused kernels want them."""
     pairs = zip(wide(inputs), _by_scale(inputs.value, inputs), strict=True)
     return [(query, key, pad(value, (0, query.shape[-1] - value.shape[-1]))) for (query, key), value in pairs]
 
 
-def sdpa_wide(inputs: Inputs) -> Tensor:
-    """SDPA's flash kernel on widened queries and keys, in float32 the memory-efficient one, on the CPU the CPU's."""
-    head_dim, scale = inputs.query.shape[-1], softmax_scale(inputs)
+def sdpa_wide(inputs: AttentionInputs) -> Tensor:
+    """SDPA on widened queries and keys: the flash kernel, or for float32 on a GPU the memory-efficient one."""
+    head_dim, scale = inputs.query.shape[-1], inputs.scale
     flash = _is_half(inputs) or not inputs.query.is_cuda
     triples = _padded_wide(inputs)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION if flash else SDPBackend.EFFICIENT_ATTENTION):
@@ -208,9 +203,9 @@ def sdpa_wide(inputs: Inputs) -> Tensor:
     return _combined(outputs, inputs)
 
 
-def wide_logit_error(inputs: Inputs) -> float:
+def wide_logit_error(inputs: AttentionInputs) -> float:
     """Largest absolute error of a logit of `wide`, from the rounding of its columns, over the keys of the image."""
-    scale, worst = softmax_scale(inputs), 0.0
+    scale, worst = inputs.scale, 0.0
     exact = inputs.double()
     ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
     with torch.no_grad():
@@ -231,7 +226,7 @@ def _modulation(
     valid: Sequence[Tensor] | None,  # height and width, each [B]
     width: int,
 ) -> Callable[..., Tensor]:
-    """The prior as a score_mod. One tensor per captured value: each has a gradient of its own."""
+    """Express the prior as a score_mod. Each captured value is a tensor with a gradient of its own."""
     c_x, c_y = center
     p_x, p_y = precision
 
@@ -246,9 +241,9 @@ def _modulation(
     return modulated
 
 
-def flex(inputs: Inputs, attention: Callable[..., Any] = flex_attention) -> Tensor:
-    """FlexAttention, a call for each scale; gradients of the captured tensors are summed by atomics."""
-    heads, scale = inputs.query.shape[1], softmax_scale(inputs)
+def flex(inputs: AttentionInputs, attention: Callable[..., Any] = flex_attention) -> Tensor:
+    """FlexAttention, one call for each scale; atomics sum the gradients of the captured tensors."""
+    heads, scale = inputs.query.shape[1], inputs.scale
 
     def captured(prior: Tensor) -> list[Tensor]:
         return [axis.expand(-1, heads, -1).contiguous() for axis in prior.unbind(-1)]
@@ -263,33 +258,33 @@ def flex(inputs: Inputs, attention: Callable[..., Any] = flex_attention) -> Tens
 
 
 def flex_wide(
-    inputs: Inputs, pairs: Sequence[tuple[Tensor, Tensor]], attention: Callable[..., Any] = flex_attention
+    inputs: AttentionInputs, pairs: Sequence[tuple[Tensor, Tensor]], attention: Callable[..., Any] = flex_attention
 ) -> Tensor:
-    """FlexAttention on widened queries and keys; it lets values keep their own width."""
+    """FlexAttention on widened queries and keys; values keep their own width."""
     triples = zip(pairs, _by_scale(inputs.value, inputs), strict=True)
-    scale = softmax_scale(inputs)
+    scale = inputs.scale
     return _combined([attention(query, key, value, scale=scale) for (query, key), value in triples], inputs)
 
 
 _compiled_flex, _compiled_flex_wide, _compiled_attention = compiled(flex), compiled(flex_wide), compiled(flex_attention)
 
 
-def flex_compiled(inputs: Inputs) -> Tensor:
-    """`flex` as a whole, or call by call on a CPU, whose FlexAttention can't be fused with what is around it."""
+def flex_compiled(inputs: AttentionInputs) -> Tensor:
+    """`flex`, compiled as a whole on a GPU; on a CPU call by call, as FlexAttention can't be fused with other code."""
     out: Tensor = _compiled_flex(inputs) if inputs.query.is_cuda else flex(inputs, _compiled_attention)
     return out
 
 
-def flex_wide_compiled(inputs: Inputs) -> Tensor:
-    """`flex_wide` likewise, after what widens queries and keys, which uses tables that a compiler would make anew."""
+def flex_wide_compiled(inputs: AttentionInputs) -> Tensor:
+    """`flex_wide`, compiled likewise, but for the widening: compiled code would rebuild its cached tables."""
     pairs = wide(inputs)
     out: Tensor
     out = _compiled_flex_wide(inputs, pairs) if inputs.query.is_cuda else flex_wide(inputs, pairs, _compiled_attention)
     return out
 
 
-def flex_unsupported(inputs: Inputs, with_gradients: bool) -> str | None:
-    """FlexAttention has no backward on a CPU."""
+def flex_unsupported(inputs: AttentionInputs, with_gradients: bool) -> str | None:
+    """Reason why FlexAttention can't run: it has no backward on a CPU."""
     if with_gradients and inputs.query.device.type == "cpu":
         return "FlexAttention has no backward on a CPU"
     return None
@@ -298,8 +293,8 @@ def flex_unsupported(inputs: Inputs, with_gradients: bool) -> str | None:
 # ------------------------------------------------------------------------------------------------------- context
 
 
-def plain_sdpa(inputs: Inputs) -> Tensor:
-    """Attention to all keys of all scales in one softmax, without any prior: what DETR itself would pay."""
+def plain_sdpa(inputs: AttentionInputs) -> Tensor:
+    """Attention to all keys of all scales in one softmax, without any prior, as in DETR itself."""
     query, keys = inputs.query, inputs.key.shape[2]
     mask, kernel = None, SDPBackend.FLASH_ATTENTION
     if inputs.valid_shapes is not None:
@@ -312,10 +307,10 @@ def plain_sdpa(inputs: Inputs) -> Tensor:
         return scaled_dot_product_attention(query, inputs.key, inputs.value, mask, scale=inputs.scale)
 
 
-def deformable(inputs: Inputs) -> Tensor:
-    """Deformable DETR's attention in plain PyTorch: 4 points a head and scale, around the centre, by grid_sample.
+def deformable(inputs: AttentionInputs) -> Tensor:
+    """Deformable DETR's attention in plain PyTorch: 4 points per head and scale, around the centre, by grid_sample.
 
-    Queries and keys play no part: offsets and weights of the points would be predicted from queries outside.
+    Queries and keys are unused: a model predicts offsets and weights of the points from queries outside.
     """
     batch, heads, queries, head_dim = inputs.query.shape
     angles = torch.arange(POINTS, device=inputs.query.device) * (2 * math.pi / POINTS)

@@ -2,12 +2,12 @@
 
     seconds = Σ_kernels  ceil(programs / SMs) · elements of a program · cycles per element / clock / efficiency
 
-Cycles per element are those of `smca cost`, which reads them off the compiled kernels, on full tiles: edges of grids
-and the last block of queries cost as much as their tiles. All keys are computed, as with mass_tolerance=0: what narrow
-priors save depends on the priors. Beside it, and alone where the machine code can't be read
-(V100), stands the limit: what the card could do if its busiest unit never idled.
+Cycles per element are those of `smca cost`, which reads them off the compiled kernels, for full tiles: edges of grids
+and the last block of queries cost as much as whole tiles. All keys are computed, as with mass_tolerance=0, since the
+saving of narrow priors depends on the priors. Beside the prediction, and alone where the machine code can't be read
+(V100), stands the limit: the time that the card would take if its busiest unit never idled.
 
-Efficiency is what a measured card reached of its own prediction; without one it is 1, and the times are lower bounds.
+Efficiency is predicted over measured time of a measured card; without one it is 1, and the times are lower bounds.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .workloads import BOTH, FORWARD, WORKLOADS, Workload
 
 CARDS = (70, 80, 90)  # V100, A100, H100
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-# What the count of a kernel without a loop over keys is divided by, besides its queries.
+# The cost report divides the count of a kernel without a loop over keys by this many keys of each query.
 NOMINAL_KEYS = sum(height * width for height, width in WORKLOADS["full-b1"].spatial_shapes)
 
-COMPUTE_ALL = ("triton-all", "triton")  # peers that compute all keys, the second one where the first is left out
+COMPUTE_ALL = ("triton-all", "triton")  # peers that compute all keys, the second one where the first was not measured
 
 Cost = dict[str, Any]  # a row of `smca cost --json`
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of a workload on a card: seconds by its kernels, None where they can't be counted, and by the limit."""
+    """Predicted seconds of a step: of its kernels, None where these can't be counted, and at the card's limit."""
 
     card: int
     workload: str
@@ -55,7 +55,7 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
 
     Args:
         cost: its row of the cost report.
-        workload: what it computes.
+        workload: shapes of the inputs.
         multiprocessors: SMs of the card; None: those of the product in the report.
     """
     from smca_kernels.backends.triton import launch
@@ -77,8 +77,8 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
             programs = images * blocks
             elements = tiles / workload.batch * height * width * block_n
             if cost["kernel"] == "forward":
-                shapes = [side for shape in workload.spatial_shapes for side in shape]
-                splits = launch.splits_of(programs, launch.tiles_of_grids(shapes, height, width), sms)
+                tiles_of_image = launch.tiles_of_grids(workload.spatial_shapes, height, width)
+                splits = launch.splits_of(programs, tiles_of_image, sms)
                 programs, elements = programs * splits, elements / splits
     rounds = -(-programs // sms)
     return rounds * elements * cycles / card.clock_hz
@@ -87,7 +87,7 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
 def predict(
     costs: Sequence[Cost], workload: Workload, dtype: str, arch: int, sms: int | None = None
 ) -> list[Prediction]:
-    """Both steps of a workload on a card at efficiency 1."""
+    """Predict both steps of a workload on a card at efficiency 1."""
     wanted = (f"sm_{arch}", DTYPES[dtype], workload.head_dim)
     kernels = [
         row
@@ -107,7 +107,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Fit:
-    """How a measured card compares with its own prediction, per step: median efficiency, and each workload's time."""
+    """Comparison of a measured card with its own prediction: median efficiency of each step, and all times."""
 
     card: str
     dtype: str
@@ -116,7 +116,7 @@ class Fit:
 
 
 def fit(measured: dict[str, Any], costs: Sequence[Cost], dtype: str) -> Fit:
-    """Efficiency of the card that a run of `smca bench` was made on.
+    """Find the efficiency of the card that a run of `smca bench` was made on.
 
     Raises:
         ValueError: if the run isn't from a GPU that `smca cost` knows, or has no times of ours to compare.
@@ -130,8 +130,8 @@ def fit(measured: dict[str, Any], costs: Sequence[Cost], dtype: str) -> Fit:
     times: dict[tuple[str, str], tuple[float, float]] = {}
     for name, workload in WORKLOADS.items():
         for prediction in predict(costs, workload, dtype, arch, sms):
-            every = (table.work_time(name, prediction.step, dtype, peer) for peer in COMPUTE_ALL)
-            value = next((value for value in every if value is not None), None)
+            values = (table.work_time(name, prediction.step, dtype, peer) for peer in COMPUTE_ALL)
+            value = next((value for value in values if value is not None), None)
             if value is not None and prediction.kernels is not None:
                 times[name, prediction.step] = prediction.kernels, value / 1e3
     efficiency = {}
@@ -144,7 +144,7 @@ def fit(measured: dict[str, Any], costs: Sequence[Cost], dtype: str) -> Fit:
 
 
 def markdown(predictions: Sequence[Prediction], dtype: str, fitted: Fit | None, triton: str) -> str:
-    """The table of predictions, and how well they fit where that was measured."""
+    """Format the predictions as a Markdown table, and how well they fit on a measured card."""
     lines = [f"# Predicted times of the Triton kernels, {dtype}", ""]
     if fitted is None:
         lines += ["**Predicted, on none of these cards measured.** No GPU has been measured: efficiency is taken as 1."]
@@ -198,13 +198,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca predict`: print the table.
+    """Run `smca predict`: print the table.
 
     Raises:
         ValueError: for files that can't be read or lack what is needed.
     """
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise ValueError(f"--out must lie in an existing folder, got {args.out}")
+    check_output_file("--out", args.out)
     check_output_file("--json", args.json)
     measured = None if args.measured is None else report.load(args.measured)
     if args.cost is not None:

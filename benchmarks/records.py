@@ -1,6 +1,6 @@
-"""What a run of `smca bench` found, as records: rows, parity, what was left out, and the bars held against the rows.
+"""Records of a run of `smca bench`: rows, parity, skipped measurements, and verdicts on the bars.
 
-`Report` keeps them and writes them as JSON, after each workload, so that a run that is cut off leaves what it has.
+`Report` collects them and writes them as JSON after each workload, so that an interrupted run keeps its results.
 report.py makes tables and plots of that file, compare.py compares two.
 """
 
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from smca_kernels.files import write_text
 
-from .workloads import BARS
+from .bars import Bar
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of one peer: `value`, a median where there are quantiles."""
+    """One measured value of one peer; a median if there are quantiles."""
 
     measure: str
     workload: str
@@ -35,9 +36,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Parity:
-    """How a peer compares with float64: error / budget of the worst tensor, and the worst logit where it rounds.
+    """Comparison of a peer with float64.
 
-    `where` is what was compared: one image and some of its heads, drawn anew in every run.
+    Attributes:
+        ratio: error / budget of the worst tensor.
+        worst: that tensor's name.
+        where: the part that was compared, one image and some of its heads, drawn anew in every run.
+        logit_error: largest error of a logit, for peers that round their inputs.
     """
 
     workload: str
@@ -57,8 +62,8 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class Left:
-    """What was not measured, and why; step "" stands for all of a peer, peer "" for all of a workload."""
+class Skipped:
+    """A measurement that was skipped, with the reason; step "" means all steps, peer "" all peers of a workload."""
 
     workload: str
     dtype: str
@@ -68,14 +73,14 @@ class Left:
 
 
 def explain(error: BaseException) -> str:
-    """A reason in a line."""
+    """Name an error and its message in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}{'…' * (len(text) > 160)}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar held against two rows."""
+    """Judgement of a bar on two rows."""
 
     bar: str
     measure: str
@@ -91,24 +96,31 @@ class Verdict:
 
 @dataclass
 class Report:
-    """All that a run found; `write` keeps it in a file while it grows."""
+    """Results of a run.
+
+    Attributes:
+        bars: judged by verdicts on the rows; none if empty.
+        defaults: for each dtype, the backend that backend="auto" chooses.
+    """
 
     environment: dict[str, Any]
     path: Path | None = None
-    defaults: dict[str, str] = field(default_factory=dict)  # dtype: what backend="auto" chooses
+    bars: Sequence[Bar] = ()
+    defaults: dict[str, str] = field(default_factory=dict)
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     parity: list[Parity] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    not_measured: list[Left] = field(default_factory=list)
+    not_measured: list[Skipped] = field(default_factory=list)
     finished: bool = False
 
     @property
     def broken(self) -> list[Parity]:
-        """Backends of ours that are beyond their error budget."""
+        """Parity of those of our backends that exceed their error budget."""
         return [parity for parity in self.parity if self.peers[parity.peer]["ours"] and not parity.within]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the content of the JSON file."""
         bars = verdicts(self)
         return {
             "environment": self.environment,
@@ -120,20 +132,21 @@ class Report:
             "parity": [dataclasses.asdict(parity) | {"within": parity.within} for parity in self.parity],
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "bars": [dataclasses.asdict(verdict) for verdict in bars],
-            "not_measured": [dataclasses.asdict(left) for left in self.not_measured],
+            "not_measured": [dataclasses.asdict(skipped) for skipped in self.not_measured],
         }
 
     def write(self) -> None:
+        """Write the JSON file, if there is a path."""
         if self.path is not None:
             write_text(self.path, json.dumps(self.as_json(), indent=1) + "\n")
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    """Every bar that the rows let us judge."""
+    """Judge the report's bars wherever both rows were measured."""
     values = {(row.measure, row.workload, row.step, row.dtype, row.peer): row.value for row in report.rows}
-    off = {(parity.workload, parity.dtype, parity.peer) for parity in report.parity if not parity.within}
+    over_budget = {(parity.workload, parity.dtype, parity.peer) for parity in report.parity if not parity.within}
     found = []
-    for bar in BARS:
+    for bar in report.bars:
         if bar.device not in (None, report.environment["device"]):
             continue
         for measure, workload, step, dtype, peer in values:
@@ -147,7 +160,7 @@ def verdicts(report: Report) -> list[Verdict]:
                 rivals = {
                     name: values[measure, workload, step, dtype, name]
                     for name, facts in report.peers.items()
-                    if facts["same"] and not facts["ours"] and (workload, dtype, name) not in off
+                    if facts["same"] and not facts["ours"] and (workload, dtype, name) not in over_budget
                     if (measure, workload, step, dtype, name) in values
                 }
                 against = min(rivals, key=lambda name: rivals[name], default=None)

@@ -1,7 +1,12 @@
-"""The cases of `smca bench` through pytest-benchmark: `pytest benchmarks -k "full-b2 and sdpa"`.
+"""Single cases of `smca bench` through pytest-benchmark, one test for each workload, dtype, peer and step.
 
-Each case is checked against float64 first. A backend of ours that is off fails; of another peer, the error is in
-`extra_info`. Times are wall time of calls that wait for the device; `smca bench` reads the device's own clock.
+    pytest benchmarks --collect-only -q                     # all cases of this device
+    pytest benchmarks -k "full-b2 and sdpa"                 # those whose name says so
+    pytest benchmarks -k basic-b1 --benchmark-json out.json
+
+Each case is checked against float64 first: a backend of this library fails when it exceeds its error budget; the error
+of another peer is in `extra_info`. Times are wall times of calls that wait for the device, whereas `smca bench` reads
+the device's own clock.
 """
 
 from __future__ import annotations
@@ -12,21 +17,27 @@ from typing import Any
 import pytest
 import torch
 
-from .gate import Gate
+from .admission import ParityCheck
+from .cases import BenchmarkCase, grad_mode, make_call, seconds_of
 from .measures import in_turn, rotated_inputs
 from .peers import PEERS
-from .subject import Subject, grad_mode, make_call, seconds_of
 from .workloads import BOTH, DEFAULT_WORKLOADS, DTYPES, FORWARD, WORKLOADS
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device(KIND)
+
+
 @lru_cache(maxsize=1)  # the cases of one workload follow each other
-def gate(workload: str, dtype: str, device: torch.device) -> tuple[Gate, list[Any]]:
-    torch.compiler.reset()  # shapes pile up, and compilers give up after some
-    subject = Subject(WORKLOADS[workload], dtype, device, PEERS)
-    sets = rotated_inputs(subject)
-    return Gate.of(subject, sets[0]), sets
+def prepared(workload: str, dtype: str, device: torch.device) -> tuple[ParityCheck, list[Any]]:
+    """Expected results and inputs to be timed of one workload."""
+    torch.compiler.reset()  # torch.compile gives up after some number of shapes
+    case = BenchmarkCase(WORKLOADS[workload], dtype, device, PEERS)
+    sets = rotated_inputs(case)
+    return ParityCheck.of(case, sets[0]), sets
 
 
 @pytest.mark.parametrize("step", [FORWARD, BOTH])
@@ -34,13 +45,13 @@ def gate(workload: str, dtype: str, device: torch.device) -> tuple[Gate, list[An
 @pytest.mark.parametrize("workload", DEFAULT_WORKLOADS[KIND])
 @pytest.mark.parametrize("dtype", DTYPES[KIND])
 def test_attention(benchmark: Any, dtype: str, workload: str, peer: str, step: str, device: torch.device) -> None:
-    checked, sets = gate(workload, dtype, device)
+    parity_check, sets = prepared(workload, dtype, device)
     chosen = PEERS[peer]
     reason = chosen.unsupported(sets[0], step == BOTH)
     if reason is not None:
         pytest.skip(reason)
     if chosen.same:
-        parity = checked.check(chosen, step)
+        parity = parity_check.check(chosen, step)
         assert parity.within or not chosen.ours, str(parity)
         benchmark.extra_info.update(error_over_budget=parity.ratio, logit_error=parity.logit_error)
     benchmark.group = f"{workload}, {dtype}, {step}"

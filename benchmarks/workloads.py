@@ -1,4 +1,4 @@
-"""What is measured, and on what: the workloads, the measures and the bars as tables."""
+"""Workloads and measures of `smca bench`, as tables: shapes, priors, what a device measures by default, units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from smca_kernels.testing.parity import Inputs
+    from smca_kernels.testing.cases import CaseInputs
 
 FORWARD, BOTH = "forward", "forward + backward"
 
@@ -36,8 +36,8 @@ class Workload:
     queries: int = 300
     heads: int = 8
     head_dim: int = 32
-    prior: str = "random"  # of PRIORS
-    image_share: float = 1.0  # of each grid; images are narrower and lower in turns, as in a batch of mixed sizes
+    prior: str = "random"  # a name of PRIORS, or "random"
+    image_share: float = 1.0  # of each grid; images are narrower and lower by turns, as in a batch of mixed sizes
 
     @property
     def keys(self) -> int:
@@ -58,15 +58,15 @@ class Workload:
 
     @property
     def elements(self) -> int:
-        """Pairs of a query and a key that is not padding, over all images and heads."""
+        """Pairs of a query and a key, over all images and heads, padding not counted."""
         keys = sum(height * width for image in self.valid_shapes for height, width in image)
         return self.heads * self.queries * keys
 
-    def inputs(self, dtype: str, seed: int, device: torch.device) -> Inputs:
+    def inputs(self, dtype: str, seed: int, device: torch.device) -> CaseInputs:
         """Random inputs that require gradients; the prior beside them in float32, and scale weights."""
         import torch
 
-        from smca_kernels.testing.parity import Case, make_inputs
+        from smca_kernels.testing.cases import Case, make_inputs
 
         case = Case(
             self.name,
@@ -98,7 +98,7 @@ def _sizes(workload: Workload) -> Tensor:
 
 
 def _spread(workload: Workload) -> Tensor:
-    """Centres [B, H, N, S, 2] all over the image, alike in all heads and scales."""
+    """Centres [B, H, N, S, 2] all over the image, the same in all heads and scales."""
     import torch
 
     shares = torch.rand(workload.batch, 1, workload.queries, 1, 2).expand(-1, workload.heads, -1, -1, -1)
@@ -144,7 +144,7 @@ PRIORS: dict[str, Callable[[Workload], tuple[Tensor, Tensor]]] = {
     "initial": _initial,  # as the authors' code begins: σ of 2 cells at stride 32, offsets of about a cell
     "trained": _trained,  # σ a tenth of the grid's side, by a factor of 1.8 more or less: the detector of digits
     "narrow": _narrow,  # σ a fiftieth of the grid's width
-    "off": _off,  # precision 0: nothing can be left out
+    "off": _off,  # precision 0: no key can be left out
 }
 
 
@@ -163,18 +163,17 @@ def _workloads() -> dict[str, Workload]:
 
 
 WORKLOADS = _workloads()
-# So small that only the calls themselves take time. One scale: torch's SDPA knows no more.
+# So small that only the calls themselves take time. One scale, as torch's SDPA takes no more.
 TINY = Workload("tiny", 1, ((2, 2),), queries=4, heads=2)
 
-# What a device measures when nothing else is asked for. Those that bars name come first: compiling, which only what
-# compiles has to wait for, ends with the time for it.
-FIRST = ("full-b2", "full-b16", "pyramid-b16")
+# Measured on a device by default. The workloads of bars come first, as nothing is compiled after half of the time.
+IN_BARS = ("full-b2", "full-b16", "pyramid-b16")
 DEFAULT_WORKLOADS = {
     "cpu": ("full-b2", "basic-b1", "basic-b2-padded", "dc5-b1", "full-b1"),
-    "cuda": (*FIRST, *(name for name in WORKLOADS if name not in (*FIRST, "basic-b2-padded"))),
+    "cuda": (*IN_BARS, *(name for name in WORKLOADS if name not in (*IN_BARS, "basic-b2-padded"))),
 }
-# Of which the elements are counted that a plan leaves to compute, wherever the benchmark runs.
-COUNTED = ("pyramid-b2", *(f"pyramid-b2-{prior}" for prior in PRIORS))
+# Workloads whose planned elements are counted, wherever the benchmark runs.
+PLANNED = ("pyramid-b2", *(f"pyramid-b2-{prior}" for prior in PRIORS))
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float16", "float32")}
 
 MEASURES = {  # name: unit
@@ -187,54 +186,3 @@ MEASURES = {  # name: unit
     "peak": "MB",
     "computed": "M",
 }
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A limit on value / base, or on base / value where that is to be large, for rows of one measure and step.
-
-    Times are those of CUDA-graph replays where both were replayed. `peer` and `against` name peers; "default" is what
-    backend="auto" chooses, and "fastest" the fastest peer that computes the same function and is not ours.
-    """
-
-    measure: str
-    step: str
-    peer: str
-    against: str
-    at_least: float | None = None  # base / value
-    at_most: float | None = None  # value / base
-    plus: float = 0.0  # on top of at_most × base, in the measure's unit
-    workloads: tuple[str, ...] = ()  # none: all that were measured
-    dtypes: tuple[str, ...] = ()
-    device: str | None = None  # None: any
-
-    def __str__(self) -> str:
-        if self.at_least is not None:
-            return f"≥ {self.at_least:g} × as fast as {self.against}"
-        parts = [f"{self.at_most:.3g} × {self.against}"] * bool(self.at_most)
-        return "≤ " + " + ".join([*parts, *[f"{self.plus:g} {MEASURES[self.measure]}"] * bool(self.plus)])
-
-
-_DETECTORS, _HALF = ("full-b2", "full-b16"), ("bfloat16",)
-_TRAINED = ("pyramid-b2-trained", "pyramid-b16-trained")
-BARS: tuple[Bar, ...] = (
-    Bar("time", FORWARD, "default", "naive", at_least=8.0, workloads=("full-b2",), device="cpu"),
-    Bar("time", BOTH, "default", "naive", at_least=5.0, workloads=("full-b2",), device="cpu"),
-    Bar("time", FORWARD, "default", "naive", at_least=10.0, workloads=_DETECTORS, dtypes=_HALF, device="cuda"),
-    Bar("time", BOTH, "default", "naive", at_least=6.0, workloads=_DETECTORS, dtypes=_HALF, device="cuda"),
-    Bar("time", FORWARD, "default", "fastest", at_least=1.3, dtypes=_HALF, device="cuda"),
-    Bar("time", BOTH, "default", "fastest", at_least=1.3, dtypes=_HALF, device="cuda"),
-    Bar("time", FORWARD, "triton-all", "limit", at_least=0.45, workloads=("pyramid-b16",), dtypes=_HALF, device="cuda"),
-    Bar("time", BOTH, "default", "plain-sdpa", at_most=1.15, dtypes=_HALF, device="cuda"),
-    Bar("computed", FORWARD, "triton", "triton-all", at_most=1 / 1.8, workloads=("pyramid-b2-narrow",)),
-    *(
-        Bar("time", step, "triton", "triton-all", at_most=1.03, workloads=("pyramid-b2-off",), dtypes=_HALF)
-        for step in (FORWARD, BOTH)
-    ),
-    Bar("time", BOTH, "default", "plain-sdpa", at_most=1.0, workloads=_TRAINED, dtypes=_HALF, device="cuda"),
-    Bar("replay", FORWARD, "default", "naive", at_most=0.0, plus=0.015, workloads=("full-b1",), dtypes=_HALF),
-    Bar("peak", BOTH, "default", "naive", at_most=0.05, workloads=("full-b16",), dtypes=_HALF, device="cuda"),
-    Bar("overhead", FORWARD, "default", "torch SDPA", at_most=2.0, plus=30.0),
-    Bar("saved", FORWARD, "sdpa", "inputs", at_most=2.5),
-    Bar("saved", FORWARD, "triton", "inputs + outputs of each scale", at_most=1.1),
-)

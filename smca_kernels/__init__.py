@@ -4,7 +4,7 @@ Importing needs neither a GPU nor Triton: Triton is imported when a call first r
 """
 
 from smca_kernels.attention import attention_map, explain_backend, smca_attention
-from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention, SpatialPrior
+from smca_kernels.nn import SpatiallyModulatedCoAttention, SpatialPrior
 from smca_kernels.profiling.recorder import profile
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smca_kernels.nn.co_attention import SpatialPriorOutput
+    from smca_kernels.nn import SpatialPriorOutput
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel
 POINT_COLOR, PRIOR_COLOR, HEAT = "#00e5ff", "#ffffff", "inferno"

@@ -1,25 +1,26 @@
 """SMCA, the detector: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021.
 
-In the paper's order: backbone.py, position_encoding.py, encoder.py, decoder.py, detector.py; matcher.py and
-criterion.py train it, presets.py names every model of the paper, weights.py loads and saves. The names below are
-imported when first used.
+In the paper's order: backbone.py, position_encoding.py, encoder.py, decoder.py, detector.py; config.py says what is
+built, presets.py names every model of the paper, weights.py loads and saves. It is trained by data/ and training/;
+train.py, evaluate.py and detect.py are commands. The names below are imported when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .criterion import build_criterion
+    from .config import Config
     from .detector import SMCA, postprocess
-    from .presets import PRESETS, Config, build
+    from .presets import PRESETS, build
+    from .training.criterion import build_criterion
     from .weights import load_official
 
 _MODULES = {
     "PRESETS": "presets",
     "SMCA": "detector",
-    "Config": "presets",
+    "Config": "config",
     "build": "presets",
-    "build_criterion": "criterion",
+    "build_criterion": "training.criterion",
     "load_official": "weights",
     "postprocess": "detector",
 }

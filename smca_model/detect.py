@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import replacing, write_text
+from smca_kernels.tools.arguments import check_packages
 
 from .evaluate import add_model_arguments, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smca_kernels.nn.co_attention import SpatialPriorOutput
+    from smca_kernels.nn import SpatialPriorOutput
 
     from .detector import SMCA
 
@@ -31,7 +30,7 @@ def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> 
 
     Args:
         model: in evaluation mode; images are moved to its device, and resized as its `image_size` says.
-        images: uint8 [3, height, width] each, RGB, as `data.load_image` gives them.
+        images: uint8 [3, height, width] each, RGB, as `data.images.load_image` gives them.
         threshold: least score.
 
     Returns:
@@ -49,7 +48,7 @@ def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> 
 
 
 def _inputs(model: SMCA, images: Sequence[Tensor]) -> list[Tensor]:
-    from .data import normalize, resize
+    from .data.images import normalize, resize
 
     device = next(model.parameters()).device
     return [normalize(resize(image, *model.image_size)).to(device) for image in images]
@@ -105,7 +104,7 @@ def write_picture(image: Tensor, path: Path) -> None:
 def attention_of(
     model: SMCA, image: Tensor, *, queries: Sequence[int], layer: int = -1
 ) -> tuple[list[Tensor], SpatialPriorOutput]:
-    """What chosen queries attend to in one image, and the prior that they attend under.
+    """The attention of chosen queries in one image, and the prior that they attend under.
 
     Args:
         model: in evaluation mode.
@@ -226,16 +225,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca detect`: exit status 0; 2 if it can't start."""
-    wanted = ("matplotlib", "safetensors", "torchvision", "tqdm")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"smca detect needs {', '.join(missing)}: pip install 'smca_kernels[model,demo]'", file=sys.stderr)
-        return 2
+    """`smca detect`: exit status 0.
+
+    Raises:
+        ValueError: when it can't start.
+    """
+    check_packages(("matplotlib", "safetensors", "torchvision", "tqdm"), "model,demo")
     files = _files(args.images)
     from tqdm import tqdm
 
-    from .data import load_image
+    from .data.images import load_image
 
     model, device = load_model(args)
     queries, layers = model.config.num_queries, model.config.decoder_layers

@@ -14,12 +14,12 @@ from torchvision.ops import box_convert
 from smca_kernels import SpatiallyModulatedCoAttention
 
 from .backbone import build_backbone
+from .config import MAX_SIZE, SIZES, Config
 from .decoder import Decoder
 from .encoder import Encoder, encoder_kinds
 from .position_encoding import sine_position_encoding
-from .presets import Config
 
-COCO_IMAGE_SIZE = (800, 1333)  # short side and most of the longest, as DETR is evaluated
+COCO_IMAGE_SIZE = (max(SIZES), MAX_SIZE)  # short side and most of the longest, as DETR is evaluated
 PRIOR_PROBABILITY = 0.01  # of every class at the start (Lin et al., "Focal Loss for Dense Object Detection", 2017)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from smca_kernels.files import write_text
+from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device
 
 if TYPE_CHECKING:
     import torch
     from pycocotools.coco import COCO
     from torch import nn
 
-    from .data import CocoDetection
+    from .data.coco import CocoDetection
     from .detector import SMCA
 
 # pycocotools' twelve numbers, in its order.
@@ -80,7 +81,7 @@ def detect_all(
     from torchvision.ops import box_convert
     from tqdm import tqdm
 
-    from .data import load_batches
+    from .data.coco import load_batches
     from .detector import postprocess
 
     detections: list[Detection] = []
@@ -124,7 +125,7 @@ def average_precision(coco: COCO, detections: list[Detection]) -> tuple[dict[str
     """
     from pycocotools.cocoeval import COCOeval
 
-    from .data import make_coco
+    from .data.annotations import make_coco
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         # loadRes writes into what it gets, and refuses an empty list, though finding nothing is a result.
@@ -151,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which detector and on what, for `load_model`."""
+    """Arguments that choose the detector and what it runs on, for `load_model`."""
     add = parser.add_argument
     add("--weights", type=Path, required=True, metavar="FILE", help="the detector, as `smca train` writes it")
     add("--size", type=int, metavar="PX", help="short side of the images; default: that of the training's evaluations")
@@ -166,19 +167,13 @@ def load_model(args: argparse.Namespace) -> tuple[SMCA, torch.device]:
     Raises:
         ValueError: for an option out of range, and a file that holds no weights.
     """
-    import torch
-
     from . import weights
 
     for option in ("size", "max_size", "batch_size"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be one of this machine, got {args.device} ({error})") from None
+    device = choose_device(args.device)
     model = weights.load(args.weights)
     size, max_size = (
         saved if given is None else given
@@ -191,25 +186,22 @@ def load_model(args: argparse.Namespace) -> tuple[SMCA, torch.device]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca eval`: exit status 0; 2 if it can't start."""
-    wanted = ("pycocotools", "safetensors", "torchvision", "tqdm")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"smca eval needs {', '.join(missing)}: pip install 'smca_kernels[model]'", file=sys.stderr)
-        return 2
-    for option, path in (("--json", args.json), ("--detections", args.detections)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{option} must be a file in a folder that exists, got {path}")
+    """`smca eval`: exit status 0.
+
+    Raises:
+        ValueError: when it can't start.
+    """
+    check_packages(("pycocotools", "safetensors", "torchvision", "tqdm"), "model")
+    check_output_file("--json", args.json)
+    check_output_file("--detections", args.detections)
     if args.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {args.workers}")
-    from smca_kernels.files import write_text
-
-    from . import data
+    from .data.coco import CocoDetection, find_split
 
     model, device = load_model(args)
     size, max_size = model.image_size
-    dataset = data.CocoDetection(
-        *data.find_split(args.data, "val"), train=False, classes=model.classes, sizes=(size,), max_size=max_size
+    dataset = CocoDetection(
+        *find_split(args.data, "val"), train=False, classes=model.classes, sizes=(size,), max_size=max_size
     )
     detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
     numbers, table = average_precision(dataset.coco, detections)

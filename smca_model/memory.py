@@ -20,8 +20,8 @@ STRIDE = 16
 BATCH, QUERIES, DIM, HEADS, FFN_DIM = 2, 300, 256, 8, 2048
 MIB = 2**20
 
-# What runs where: (backend, device, name). On a CPU torch's own attention stores all weights once there is dropout.
-SUBJECTS = (
+# (backend, device, name). On a CPU torch's own attention stores all weights once there is dropout.
+IMPLEMENTATIONS = (
     ("reference", "cuda", "naive PyTorch"),
     ("sdpa", "cpu", "sdpa, on a CPU"),
     ("triton", "cuda", "triton"),
@@ -72,7 +72,7 @@ def main() -> None:
         f"Saved for backward by one decoder layer: {height}×{width} cells, {QUERIES} queries, {BATCH} images, float32"
     )
     print(f"{'':16} {'dropout':>7} {'co-attention':>13} {'whole layer':>12}   MiB")
-    for backend, device, name in SUBJECTS:
+    for backend, device, name in IMPLEMENTATIONS:
         for dropout in (0.0, 0.1):
             co_attention, layer = saved_bytes(backend, device, dropout)
             print(f"{name:16} {dropout:7} {co_attention / MIB:13.1f} {layer / MIB:12.1f}")

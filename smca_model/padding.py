@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .backbone import build_backbone
-from .data import normalize
+from .data.images import normalize
 
 SIDE, PADDING = 480, 240  # pixels
-LEAST = 0.001  # changes below it are left out
-SUBJECTS = (
+MIN_CHANGE = 0.001  # changes below it are left out
+BACKBONES = (
     ("ResNet-50, stride 32", "resnet50", 32, False),
     ("ResNet-50, stride 16", "resnet50", 16, False),
     ("ResNet-50 dilated, stride 16", "resnet50", 16, True),
@@ -27,7 +27,7 @@ SUBJECTS = (
 
 @torch.no_grad()
 def change_beside_padding(backbone: nn.Module, stride: int, image: Tensor, padding: int) -> list[float]:
-    """What padding changes in the columns of a map that are next to it, outermost first.
+    """Measure how padding changes the columns of a map that are next to it, outermost first.
 
     Args:
         backbone: as `build_backbone` gives it.
@@ -66,11 +66,11 @@ def main() -> None:
     torch.manual_seed(0)
     image = normalize(torch.from_numpy(skimage.data.astronaut()[:SIDE, :SIDE]).permute(2, 0, 1)).unsqueeze(0)
     print(f"Change of features beside {PADDING} pixels of padding, in columns of cells, outermost first")
-    for name, backbone, stride, dilation in SUBJECTS:
+    for name, backbone, stride, dilation in BACKBONES:
         network = build_backbone(backbone, (stride,), dilation).eval()
         set_norms(network, image)
         change = change_beside_padding(network, stride, image, PADDING)
-        print(f"{name:29}", *(f"{part:6.1%}" for part in change if part >= LEAST))
+        print(f"{name:29}", *(f"{part:6.1%}" for part in change if part >= MIN_CHANGE))
 
 
 if __name__ == "__main__":

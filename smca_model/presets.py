@@ -3,76 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
+
+from .config import Config
 
 if TYPE_CHECKING:
     from .detector import SMCA
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a detector is built from; every field is plain, so that it can be saved as JSON.
-
-    Attributes:
-        backbone: "resnet50", "resnet101" or "tiny".
-        dilation: dilated last stage (DC5), which then has stride 16; for ResNets.
-        strides: pixels per cell of every scale, ascending. A ResNet has 4, 8, 16 and 32, "tiny" has 8; from the
-            deepest it goes on by factors of 2.
-        encoder: kinds of self-attention blocks, such as "6intra" or "2intra+1multi+2intra".
-        share_self_attention, share_ffn: whether the scales have the encoder's weights in common.
-        hidden_dim: channels, a multiple of 4 and of num_heads.
-        num_heads: heads of every attention.
-        ffn_dim: hidden channels of every FFN.
-        decoder_layers: number of them.
-        num_queries: most objects that can be found in an image.
-        num_classes: labels 0…num_classes-1; 91 for COCO, whose ids have gaps.
-        modulation: "per_head", "shared", or "none" for plain DETR.
-        scale_type: "independent", "single" or "fixed".
-        scale_selection: weigh the scales per query.
-        geometry: "official" or "paper".
-        beta: β of the prior.
-        dropout: everywhere in the transformer.
-    """
-
-    backbone: str = "resnet50"
-    dilation: bool = False
-    strides: tuple[int, ...] = (32,)
-    encoder: str = "6intra"
-    share_self_attention: bool = True
-    share_ffn: bool = True
-    hidden_dim: int = 256
-    num_heads: int = 8
-    ffn_dim: int = 2048
-    decoder_layers: int = 6
-    num_queries: int = 300
-    num_classes: int = 91
-    modulation: str = "per_head"
-    scale_type: str = "independent"
-    scale_selection: bool = True
-    geometry: str = "official"
-    beta: float = 8.0
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            allowed = {tuple: (tuple, list), float: (float, int)}.get(kind, (kind,))
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-                raise ValueError(f"{field.name} must be a {kind.__name__}, got {value!r}")
-        object.__setattr__(self, "strides", tuple(self.strides))  # JSON has lists only
-        counts = ("hidden_dim", "num_heads", "ffn_dim", "decoder_layers", "num_queries", "num_classes")
-        for name in counts:
-            _check_count(name, getattr(self, name))
-        for stride in self.strides:
-            _check_count("strides", stride)
-        if self.hidden_dim % 4:
-            raise ValueError(f"hidden_dim must be a multiple of 4, got {self.hidden_dim}")
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be whole and at least 1, got {value!r}")
 
 
 _SINGLE = Config()
@@ -115,7 +52,7 @@ PRESETS: dict[str, Config] = {
     "smca-ms-tiny": replace(_TINY, strides=(8, 16, 32), encoder="1intra+1multi"),
 }
 
-# What the paper's tables, and DETR's for its own models, print: parameters in millions, multiply-adds in 10⁹.
+# What Tables 1, 3 and 4 of the paper print: parameters in millions, multiply-adds in 10⁹.
 PAPER: dict[str, tuple[float, float | None]] = {
     "detr-r50": (41, 86),
     "detr-dc5-r50": (41, 187),
@@ -216,10 +153,12 @@ def run(args: argparse.Namespace) -> int:
         millions = parameters / 1e6
         paper, paper_gflops = PAPER.get(name, (None, None))
         off = "" if paper is None else f"{millions / paper - 1:+.1%}"
-        line = f"{name:22} {millions:7.2f} {_told(paper):>7} {off:>7} {operations / 1e9:12.2f} {_told(paper_gflops):>8}"
+        line = (
+            f"{name:22} {millions:7.2f} {_shown(paper):>7} {off:>7} {operations / 1e9:12.2f} {_shown(paper_gflops):>8}"
+        )
         print(f"{line}    {height}×{width}", flush=True)
     return 0
 
 
-def _told(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:g}"

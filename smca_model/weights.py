@@ -21,11 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smca_kernels.files import replacing
-from smca_kernels.nn.co_attention import OFFICIAL_NAMES
+from smca_kernels.nn import OFFICIAL_NAMES
 
-from .data import NO_CLASS
+from .config import NO_CLASS, Config
 from .detector import SMCA
-from .presets import Config
 
 FORMAT = "smca_model 1"
 

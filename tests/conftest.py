@@ -51,3 +51,11 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     seed = zlib.crc32(f"{os.environ['SMCA_SEED']} {request.node.nodeid}".encode())
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code, neither before the test nor after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from smca_kernels import attention as attention_module
-from smca_kernels import attention_map, explain_backend, smca_attention
+from smca_kernels import attention_map, backends, explain_backend, smca_attention
 from smca_kernels.backends import reference
 from smca_kernels.backends.sdpa import operator as sdpa
+from smca_kernels.inputs import AttentionInputs
 
 BATCH, HEADS, QUERIES, HEAD_DIM = 2, 4, 5, 16
 SHAPES = ((3, 4), (2, 2), (1, 1))
@@ -46,7 +47,8 @@ def arguments(generator: torch.Generator, device: torch.device) -> dict[str, Any
 def of_reference(arguments: dict[str, Any], scale: float = HEAD_DIM**-0.5, **masks: Tensor | None) -> Tensor:
     tensors = [arguments[name] for name in ("query", "key", "value", "center", "precision", "scale_weights")]
     masks = {"valid_shapes": None, "key_padding_mask": None} | masks
-    return reference.attention(*tensors, arguments["spatial_shapes"], **masks, dropout_p=0.0, scale=scale)
+    shapes = arguments["spatial_shapes"]
+    return reference.attention(AttentionInputs(*tensors, *masks.values(), shapes, 0.0, scale, 0.0))
 
 
 # --- what is refused ---
@@ -333,16 +335,16 @@ def test_autocast_leaves_float64_alone(generator: torch.Generator) -> None:
 def on_a_gpu(dtype: torch.dtype = torch.float16) -> Any:
     """As much of validated inputs on a GPU as the choice looks at."""
     query = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=dtype, shape=(2, 8, 300, 32))
-    return (query, *[None] * 10)
+    return SimpleNamespace(query=query)
 
 
 @pytest.fixture
 def triton_serves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     operator = SimpleNamespace(
-        unsupported=lambda query, *_: "serves no float64" if query.dtype == torch.float64 else None
+        unsupported=lambda inputs: "serves no float64" if inputs.query.dtype == torch.float64 else None
     )
     modules = {"triton": operator, "sdpa": sdpa, "reference": reference}
-    monkeypatch.setattr(attention_module, "_module", modules.__getitem__)
+    monkeypatch.setattr(backends, "load", modules.__getitem__)
     return operator
 
 
@@ -388,7 +390,7 @@ def test_what_triton_cannot_serve_on_a_gpu_goes_to_sdpa_with_its_reason(monkeypa
 def test_an_explicit_backend_that_cannot_serve_raises_its_reason(
     arguments: dict[str, Any], triton_serves: SimpleNamespace
 ) -> None:
-    triton_serves.unsupported = lambda *inputs: "it is Sunday"
+    triton_serves.unsupported = lambda inputs: "it is Sunday"
     for function in (smca_attention, explain_backend):
         with pytest.raises(ValueError, match="backend='triton' can't serve this call: it is Sunday"):
             function(**arguments, backend="triton")
@@ -402,7 +404,7 @@ def test_without_triton_the_import_error_is_the_reason(
             raise ImportError("No module named 'triton'")
         return sdpa
 
-    monkeypatch.setattr(attention_module, "_module", module)
+    monkeypatch.setattr(backends, "load", module)
     with pytest.raises(ValueError, match=r"can't be imported here \(No module named 'triton'\)"):
         smca_attention(**arguments, backend="triton")
     set_capability(monkeypatch, 9)

@@ -21,7 +21,7 @@ SCRIPT = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[0]
 
 
 def commands(text: str) -> list[str]:
-    """What follows `.venv/bin/smca`, up to the end of the command."""
+    """Arguments of each `.venv/bin/smca`, up to the end of the command."""
     return [found.strip() for found in re.findall(r"\.venv/bin/smca ([^|\n]*)", text)]
 
 
@@ -43,6 +43,14 @@ def test_workflow_checks_parity_and_compares_with_the_base() -> None:
     named = {command.split()[0]: command for command in commands(WORKFLOW)}
     assert "--junit" in named["parity"]
     assert "--base out/base.json" in named["bench"]
+    assert "--bars" in named["bench"]
+
+
+@pytest.mark.parametrize("text", [WORKFLOW, SCRIPT], ids=["workflow", "script"])
+def test_base_runs_its_own_benchmarks(text: str) -> None:
+    before, after = text.split("PYTHONPATH=base")
+    assert "ln -s benchmarks base/smca_benchmarks" in before
+    assert "bench --bars" in after
 
 
 def test_the_script_without_github_runs_the_same_commands() -> None:

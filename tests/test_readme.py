@@ -62,6 +62,27 @@ def test_the_change_to_the_decoder_layer_adds_ten_lines() -> None:
     assert len(added) <= 10
 
 
-def test_files_that_the_readme_links_to_exist() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])  # mkdocs checks those in docs/
+def test_files_that_a_page_links_to_exist(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text("utf-8")):
         assert (ROOT / target).exists(), target
+
+
+def test_oldest_versions_are_the_same_everywhere() -> None:
+    metadata = (ROOT / "pyproject.toml").read_text("utf-8")
+    (python,) = re.findall(r'^requires-python = ">=(.+)"$', metadata, re.MULTILINE)
+    (torch_version,), (triton,) = (re.findall(rf"""["']{name}>=([\d.]+)""", metadata) for name in ("torch", "triton"))
+    assert f"Python ≥ {python}" in README
+    assert f"/python-%E2%89%A5%20{python}-" in README
+    assert f"torch ≥ {torch_version} and, on Linux, Triton ≥ {triton}" in README
+    assert f"/torch-%E2%89%A5%20{torch_version}-" in README
+    workflow = (ROOT / ".github/workflows/cpu.yml").read_text("utf-8")
+    assert f'"torch=={torch_version}.*" "triton=={triton}.*"' in workflow
+    assert f'python: ["{python}", ' in workflow
+
+
+def test_versions_of_the_constraints_are_in_the_table_of_tested_ones() -> None:
+    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    found = [re.findall(rf"^{name}==([\d.]+);", constraints, re.MULTILINE) for name in ("torch", "triton")]
+    for torch_version, triton in zip(*found, strict=True):
+        assert f"| {torch_version} | {triton} |" in README

@@ -1,1 +1,61 @@
-"""The implementations of the operator: a backend's name is its path."""
+"""The implementations of the operator: a backend's name is its path.
+
+Each is a module with two functions: `attention(inputs)`, and `unsupported(inputs)`, which gives the reason why it can't
+serve these inputs, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from smca_kernels.backends import reference
+from smca_kernels.backends.sdpa import operator as sdpa
+from smca_kernels.inputs import AttentionInputs
+
+BACKENDS = ("triton", "sdpa", "reference")  # fastest first
+
+Attention: TypeAlias = Callable[[AttentionInputs], Tensor]  # → [B, H, N, D]
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend. Triton is imported here and nowhere else, when it is first wanted.
+
+    Raises:
+        ImportError: where Triton can't be imported.
+    """
+    if name == "triton":
+        from smca_kernels.backends.triton import operator
+
+        return operator
+    return sdpa if name == "sdpa" else reference
+
+
+def unsupported(name: str, inputs: AttentionInputs) -> str | None:
+    """Why a backend can't serve, or None."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return f"it can't be imported here ({error})"
+    reason: str | None = module.unsupported(inputs)
+    return reason
+
+
+def objection(name: str, inputs: AttentionInputs) -> str | None:
+    """Why backend "auto" passes over a backend: it can't serve, or it is the wrong one for the device; or None."""
+    query = inputs.query
+    if name == "triton":
+        if not query.is_cuda:
+            return "the kernels are compiled for NVIDIA GPUs only, and the tensors are not on one"
+        if not reaches_tensor_cores(query.device):
+            return "Triton's tl.dot does not reach the tensor cores below sm_80; torch's SDPA is faster on this device"
+    return unsupported(name, inputs)
+
+
+def reaches_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's products run on the tensor cores of a CUDA device."""
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 8

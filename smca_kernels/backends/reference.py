@@ -1,6 +1,6 @@
 """SMCA co-attention in plain PyTorch, equation by equation: this file defines what is correct.
 
-    logG[k] = -(p_x (x - c_x)² + p_y (y - c_y)²)        log of the spatial prior (Eq. 3), in cells of each scale's grid
+    logG[k] = -(p_x (x - c_x)² + p_y (y - c_y)²)        log of the spatial prior (Eq. 4), in cells of each scale's grid
     P_s     = softmax_k(scale · q·k + logG)             over the keys of scale s alone (Eq. 6)
     out     = Σ_s α_s Σ_k P_s[k] v[k]                   scale-selection weights α (Eq. 7–9)
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SpatialShapes = tuple[tuple[int, int], ...]
+from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 
 def cell_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def cell_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Ten
 
 
 def log_prior(center: Tensor, precision: Tensor, height: int, width: int) -> Tensor:
-    """logG (Eq. 3) of one scale: center and precision [..., 2] as (x, y) → [..., height · width]."""
+    """logG (Eq. 4) of one scale: center and precision [..., 2] as (x, y) → [..., height · width]."""
     x, y = cell_coordinates(height, width, like=center)
     p_x, p_y = precision[..., 0:1], precision[..., 1:2]
     return -(p_x * (x - center[..., 0:1]) ** 2 + p_y * (y - center[..., 1:2]) ** 2)
@@ -33,7 +33,7 @@ def log_prior(center: Tensor, precision: Tensor, height: int, width: int) -> Ten
 def ignored_keys(
     spatial_shapes: SpatialShapes, valid_shapes: Tensor | None, key_padding_mask: Tensor | None
 ) -> list[Tensor | None]:
-    """Which keys of each scale do not count: per scale a bool tensor [B, height · width], or None where all count."""
+    """Mark the keys of each scale that do not count: a bool tensor [B, height · width], or None where all count."""
     if key_padding_mask is not None:
         return list(key_padding_mask.split([height * width for height, width in spatial_shapes], dim=1))
     if valid_shapes is None:
@@ -65,36 +65,22 @@ def scale_probabilities(
     return logits.softmax(-1).masked_fill(ignored, 0.0)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    center: Tensor,
-    precision: Tensor,
-    scale_weights: Tensor | None,
-    spatial_shapes: SpatialShapes,
-    valid_shapes: Tensor | None,
-    key_padding_mask: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    mass_tolerance: float = 0.0,
-) -> Tensor:
-    """The backend "reference"; arguments as in `smca_kernels.smca_attention`, already validated."""
-    sizes = [height * width for height, width in spatial_shapes]
-    keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
-    ignored = ignored_keys(spatial_shapes, valid_shapes, key_padding_mask)
+def attention(inputs: AttentionInputs) -> Tensor:
+    """The output [B, H, N, D] of the backend "reference"."""
+    query, value, shapes = inputs.query, inputs.value, inputs.spatial_shapes
+    keys, values = inputs.key.split(inputs.keys_per_scale(), dim=2), value.split(inputs.keys_per_scale(), dim=2)
+    ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
     out = torch.zeros((), dtype=query.dtype, device=query.device)
-    for s, (height, width) in enumerate(spatial_shapes):
-        probabilities = scale_probabilities(
-            query, keys[s], center[..., s, :], precision[..., s, :], height, width, ignored[s], scale
-        )
-        if dropout_p > 0.0:
-            probabilities = torch.dropout(probabilities, dropout_p, train=True)
+    for s, (height, width) in enumerate(shapes):
+        center, precision = inputs.center[..., s, :], inputs.precision[..., s, :]
+        probabilities = scale_probabilities(query, keys[s], center, precision, height, width, ignored[s], inputs.scale)
+        if inputs.dropout_p > 0.0:
+            probabilities = torch.dropout(probabilities, inputs.dropout_p, train=True)
         output = probabilities.to(value.dtype) @ values[s]
-        out = out + (output if scale_weights is None else scale_weights[..., s : s + 1] * output)
+        out = out + (output if inputs.scale_weights is None else inputs.scale_weights[..., s : s + 1] * output)
     return out.to(query.dtype)
 
 
-def unsupported(*inputs: object) -> str | None:
-    """The reference serves everything that validates."""
+def unsupported(inputs: AttentionInputs) -> str | None:
+    """None: the reference serves everything that validates."""
     return None

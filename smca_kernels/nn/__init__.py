@@ -1,1 +1,25 @@
-"""SMCA as modules."""
+"""SMCA as modules: a spatial prior for every object query, and the co-attention that looks where the prior says.
+
+    prior.py           SpatialPrior: query features → centre, precision and scale weights, in two geometries
+    co_attention.py    SpatiallyModulatedCoAttention: projections, prior, `smca_attention` and output projection, in the
+                       place of a decoder layer's nn.MultiheadAttention
+    official.py        the parameters of the authors' released decoder layer, under our names
+    checks.py          checks of the arguments of both modules
+
+Source: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021.
+"""
+
+from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention
+from smca_kernels.nn.official import OFFICIAL_NAMES, official_layer_state
+from smca_kernels.nn.prior import GEOMETRIES, MODULATIONS, SCALE_TYPES, SpatialPrior, SpatialPriorOutput
+
+__all__ = [
+    "GEOMETRIES",
+    "MODULATIONS",
+    "OFFICIAL_NAMES",
+    "SCALE_TYPES",
+    "SpatialPrior",
+    "SpatialPriorOutput",
+    "SpatiallyModulatedCoAttention",
+    "official_layer_state",
+]

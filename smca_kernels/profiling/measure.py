@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smca_kernels.attention import BACKENDS, explain_backend
-from smca_kernels.testing.parity import Inputs
+from smca_kernels.attention import explain_backend
+from smca_kernels.backends import BACKENDS
+from smca_kernels.inputs import AttentionInputs
 
 HEAD_START_CYCLES = 2_000_000  # of a GPU: 1 ms, in which the host launches a hundred kernels
 
 
-def available_backends(inputs: Inputs) -> tuple[list[str], dict[str, str]]:
-    """The fused backends that can be run and timed here, and the reason against each other one."""
+def available_backends(inputs: AttentionInputs) -> tuple[list[str], dict[str, str]]:
+    """Find the fused backends that can be run and timed here, and the reason against each other one."""
     usable, reasons = [], {}
     for name in BACKENDS:
         if name == "reference":
@@ -42,7 +43,7 @@ def available_backends(inputs: Inputs) -> tuple[list[str], dict[str, str]]:
 def interleaved_times(
     calls: Mapping[str, Callable[[int], object]], repeats: int, device: torch.device, *, ahead: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turns, so that a slow moment of the machine hits all of them.
+    """Measure the seconds of each call in turns, so that a slow moment of the machine hits all of them.
 
     Args:
         calls: by name, functions of the number of the repeat (to take other inputs each time).
@@ -76,7 +77,7 @@ def interleaved_times(
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that torch's allocator held during a call beyond what it held before it.
+    """Measure the most bytes that torch's allocator held during a call beyond what it held before it.
 
     On a GPU the allocator counts them itself; on a CPU they are summed up from torch.profiler's record of
     every allocation, so that buffers inside of operations count as well.
@@ -101,7 +102,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd holds after a call, for its backward."""
+    """Count the bytes of the distinct storages that autograd holds after a call, for its backward."""
     storages = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from smca_kernels import __version__
 
 # name: (module, what it does)
 COMMANDS = {
-    "demo": ("smca_model.demo", "the layer on two photographs, and a detector trained on digits in minutes"),
+    "demo": ("smca_model.demo.command", "the layer on two photographs, and a detector trained on digits in minutes"),
     "train": ("smca_model.train", "train a detector on data in COCO's format"),
     "eval": ("smca_model.evaluate", "COCO's average precision of trained weights"),
     "detect": ("smca_model.detect", "boxes in images, drawn, with the attention behind them"),
     "presets": ("smca_model.presets", "the models of the paper: parameters and GFLOPs"),
-    "data": ("smca_model.digits", "make a small data set of real digits"),
-    "parity": ("smca_kernels.testing.parity", "check every backend here against PyTorch in float64"),
+    "data": ("smca_model.data.digits", "make a small data set of real digits"),
+    "parity": ("smca_kernels.tools.parity.command", "check every backend here against PyTorch in float64"),
     "cost": ("smca_kernels.tools.cost.command", "compile the kernels without a GPU and count their instructions"),
     "bench": (
         "smca_benchmarks.bench_attention",
@@ -29,7 +29,7 @@ COMMANDS = {
     ),
     "predict": ("smca_benchmarks.predict", "times of the kernels on cards that aren't here, predicted"),
     "bench-model": ("smca_benchmarks.bench_model", "detectors with naive and fused co-attention: time, memory, batch"),
-    "profile": ("smca_kernels.tools.profile", "what each scale of the co-attention costs, call by call"),
+    "profile": ("smca_benchmarks.profile", "what each scale of the co-attention costs, call by call"),
     "env": ("smca_kernels.tools.env", "versions, devices and the backend of each dtype, for a bug report"),
 }
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -38,7 +38,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `smca` with the given arguments (default: those of the process) and return its exit status.
 
-    A subcommand's ValueError is told as ``smca NAME: error: …`` with exit status 2.
+    A subcommand's ValueError is printed as ``smca NAME: error: …`` with exit status 2.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)

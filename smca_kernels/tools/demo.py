@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchvision.models import ResNet
 
-    from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention, SpatialPriorOutput
-    from smca_kernels.testing.parity import Inputs
+    from smca_kernels.nn import SpatiallyModulatedCoAttention, SpatialPriorOutput
+    from smca_kernels.testing.cases import CaseInputs
 
 STRIDES = (16, 32, 64)
 EMBED_DIM, HEADS = 256, 8
@@ -224,7 +224,7 @@ def build_layer(device: torch.device) -> SpatiallyModulatedCoAttention:
     """
     import torch
 
-    from smca_kernels.nn.co_attention import SpatiallyModulatedCoAttention
+    from smca_kernels.nn import SpatiallyModulatedCoAttention
 
     layer = SpatiallyModulatedCoAttention(EMBED_DIM, HEADS, STRIDES, predicts_center=False, batch_first=True)
     with torch.no_grad():
@@ -241,11 +241,12 @@ def call_layer(layer: SpatiallyModulatedCoAttention, scene: Scene, backend: str)
     return layer(scene.queries, tokens, tokens, scene.spatial_shapes, **scene.geometry(), backend=backend)[0]
 
 
-def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Inputs:
+def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> CaseInputs:
     """What the layer hands to the operator, as leaves, and a random upstream gradient."""
     import torch
 
-    from smca_kernels.testing.parity import Inputs
+    from smca_kernels.inputs import MASS_TOLERANCES
+    from smca_kernels.testing.cases import CaseInputs
 
     prior = scene.prior(layer)
     assert prior.scale_weights is not None
@@ -260,7 +261,7 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Input
             )
         ]
     query, key, value = (tensor.detach().requires_grad_() for tensor in projected)
-    return Inputs(
+    return CaseInputs(
         query=query,
         key=key,
         value=value,
@@ -270,7 +271,9 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Input
         spatial_shapes=scene.spatial_shapes,
         valid_shapes=scene.valid_shapes,
         key_padding_mask=None,
-        scale=None,
+        dropout_p=0.0,
+        scale=query.shape[-1] ** -0.5,
+        mass_tolerance=MASS_TOLERANCES[query.dtype],
         grad_output=torch.randn_like(query),
     )
 
@@ -278,11 +281,14 @@ def operator_inputs(layer: SpatiallyModulatedCoAttention, scene: Scene) -> Input
 # ------------------------------------------------------------------------------------------- parity and table
 
 
-def check_parity(layer: SpatiallyModulatedCoAttention, scene: Scene, inputs: Inputs, backend: str) -> tuple[str, bool]:
+def check_parity(
+    layer: SpatiallyModulatedCoAttention, scene: Scene, inputs: CaseInputs, backend: str
+) -> tuple[str, bool]:
     """A line that compares a backend with float64 PyTorch on the photographs, and whether it passed."""
     import torch
 
-    from smca_kernels.testing.parity import compare, compare_results, run_backend
+    from smca_kernels.testing.budget import compare
+    from smca_kernels.testing.check import compare_results, run_backend
 
     comparisons = compare_results(run_backend(inputs, backend), inputs)
     with torch.no_grad():
@@ -412,7 +418,7 @@ class Steps:
         elapsed = time.perf_counter() - self.began
         print(f"[{self.number}/{self.total}] {elapsed:5.1f} s  {what} …", flush=True)
 
-    def tell(self, line: str) -> None:
+    def log(self, line: str) -> None:
         print(f"      {line}", flush=True)
 
 
@@ -442,14 +448,14 @@ def run(args: argparse.Namespace) -> int:
     images = load_photographs(list(PHOTOGRAPHS), SHORT_SIDE[device.type])
     batch, image_sizes = pad_batch(images)
     sizes = [f"{name} {w} × {h}" for name, (h, w) in zip(PHOTOGRAPHS, image_sizes.tolist(), strict=True)]
-    steps.tell(f"{', '.join(sizes)}, padded to {batch.shape[-1]} × {batch.shape[-2]} pixels")
+    steps.log(f"{', '.join(sizes)}, padded to {batch.shape[-1]} × {batch.shape[-2]} pixels")
 
     steps.start(f"feature maps (up to {DOWNLOAD_SECONDS} s for the weights, if they are not here yet)")
     resnet, weights = build_resnet50()
-    steps.tell(weights)
+    steps.log(weights)
     scene = make_scene(feature_maps(resnet.to(device), batch.to(device)), image_sizes)
     grids = " + ".join(f"{height}×{width}" for height, width in scene.spatial_shapes)
-    steps.tell(f"grids of {grids} = {scene.tokens.shape[1]} keys, {QUERIES} queries an image, {HEADS} heads")
+    steps.log(f"grids of {grids} = {scene.tokens.shape[1]} keys, {QUERIES} queries an image, {HEADS} heads")
 
     steps.start("parity with naive PyTorch")
     layer = build_layer(device).eval()
@@ -461,7 +467,7 @@ def run(args: argparse.Namespace) -> int:
         backends, reasons = available_backends(inputs)
         for backend in backends:
             verdicts.append(check_parity(*in_dtype[dtype], inputs, backend))
-            steps.tell(verdicts[-1][0])
+            steps.log(verdicts[-1][0])
     passed = bool(verdicts) and all(within for _, within in verdicts)
 
     repeats = REPEATS[device.type]
@@ -487,7 +493,7 @@ def run(args: argparse.Namespace) -> int:
         "not_run": reasons,
     }
     write_text(results, json.dumps(report, indent=2) + "\n")
-    steps.tell(f"{picture}, {results}")
+    steps.log(f"{picture}, {results}")
     seconds = time.perf_counter() - steps.began
     print(f"{'Parity holds' if passed else 'PARITY FAILED'}; {seconds:.0f} s in all.")
     return 0 if passed else 1

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from smca_kernels import __version__
-from smca_kernels.attention import FLOATING_DTYPES, explain_backend
+from smca_kernels.attention import explain_backend
+from smca_kernels.files import write_text
+from smca_kernels.inputs import FLOATING_DTYPES
+from smca_kernels.tools.arguments import check_output_file
 
 
 def versions() -> dict[str, str]:
-    """Versions of this library, what it builds on and the operating system; for a missing package, why."""
+    """List versions of this library, what it builds on and the operating system; for a missing package, why."""
     runtimes = {"cuda": torch.version.cuda, "hip": torch.version.hip}
     return {
         "smca_kernels": __version__,
@@ -80,12 +83,12 @@ def nvidia_driver() -> str:
 
 
 def backends(device: torch.device) -> dict[str, dict[str, Any]]:
-    """For each dtype the backend that "auto" would choose on a device, why, and why not the others."""
+    """Find for each dtype the backend that "auto" would choose on a device, why, and why not the others."""
     return {str(dtype).removeprefix("torch."): _backend(device, dtype) for dtype in FLOATING_DTYPES}
 
 
 def report() -> dict[str, Any]:
-    """All that `smca env` tells, as JSON would hold it."""
+    """Collect all that `smca env` reports, as JSON holds it."""
     return {
         "versions": versions(),
         "interpreter": os.environ.get("TRITON_INTERPRET", ""),
@@ -117,11 +120,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`smca env`: print the report."""
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json must name a file in an existing folder, got {args.json}")
+    check_output_file("--json", args.json)
     facts = report()
     if args.json is not None:
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+        write_text(args.json, json.dumps(facts, indent=1) + "\n")
     print(format_report(facts))
     return 0
 
@@ -139,7 +141,7 @@ def _backend(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _module_version(name: str) -> str:
-    """Of what would be imported: installed metadata may tell of another copy, or of a broken one."""
+    """The version of what would be imported: installed metadata may describe another copy, or a broken one."""
     try:
         return str(import_module(name).__version__)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`smca bench-model`: the rows it makes, the batch that it finds, and what stops it, on a detector of a few weights."""
+"""`smca bench-model`: its rows, the batch that it finds, and the errors that stop it, on a detector of few weights."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from devices import CPU
 
 pytest.importorskip("scipy")
 pytest.importorskip("torchvision")
 
 from smca_benchmarks import bench_model
-from smca_benchmarks.bench_model import FUSED, NAIVE, Repeats, Row, Subject
+from smca_benchmarks.bench_model import FUSED, NAIVE, DetectorCase, Repeats, Row
 
 from smca_kernels.profiling import measure as profiling
 from smca_kernels.profiling.recorder import Profile
 from smca_kernels.tools import cli
 from smca_model import presets
 
-CPU = torch.device("cpu")
 REPEATS = Repeats(step=2, image=2, operator=1, search=False)
 
 
@@ -35,8 +35,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_model.REPEATS, "cpu", REPEATS)
 
 
-def subject(precision: str = "fp32") -> Subject:
-    return Subject("smca-tiny", precision, (40, 48), 2, CPU)
+def detector_case(precision: str = "fp32") -> DetectorCase:
+    return DetectorCase("smca-tiny", precision, (40, 48), 2, CPU)
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def no_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_trains_every_parameter_and_leaves_the_weights_as_they_are() -> None:
-    one = subject()
-    before = [parameter.detach().clone() for parameter in one.trainer.model.parameters()]
-    one.step(FUSED)
-    parameters = list(one.trainer.model.parameters())
+    case = detector_case()
+    before = [parameter.detach().clone() for parameter in case.trainer.model.parameters()]
+    case.step(FUSED)
+    parameters = list(case.trainer.model.parameters())
     assert all(parameter.grad is not None for parameter in parameters if parameter.requires_grad)
     assert all(map(torch.equal, before, parameters))
 
@@ -61,9 +61,9 @@ def test_naive_and_fused_give_a_row_each_whose_share_is_that_of_the_step(monkeyp
     monkeypatch.setattr(
         Profile, "calls", lambda self: [dataclasses.replace(call, milliseconds=0.25) for call in calls(self)]
     )
-    one = subject()
-    one.trainer.model.register_forward_hook(lambda model, *_: backends.append(model.backend))
-    naive, fused = bench_model.measure(one, REPEATS)
+    case = detector_case()
+    case.trainer.model.register_forward_hook(lambda model, *_: backends.append(model.backend))
+    naive, fused = bench_model.measure(case, REPEATS)
     assert isinstance(naive, Row)
     assert isinstance(fused, Row)
     assert (naive.co_attention, naive.backend) == (NAIVE, "reference")
@@ -80,25 +80,27 @@ def test_naive_and_fused_give_a_row_each_whose_share_is_that_of_the_step(monkeyp
 
 def test_nothing_is_measured_where_parity_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_model, "check_parity", lambda profile, precision: ["output: error 1 is 9 × the budget"])
-    (line,) = bench_model.measure(subject(), REPEATS)
+    (line,) = bench_model.measure(detector_case(), REPEATS)
     assert line == "parity failed, not measured: output: error 1 is 9 × the budget"
 
 
 def test_parity_is_that_of_the_operator_at_the_models_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     from smca_kernels import profile
-    from smca_kernels.testing import parity
+    from smca_kernels.testing import check as checks
+    from smca_kernels.testing.budget import Comparison
+    from smca_kernels.testing.cases import CaseInputs
 
     checked: list[Any] = []
-    real = parity.check
+    real = checks.check
 
-    def check(inputs: parity.Inputs, backend: str) -> list[parity.Comparison]:
+    def check(inputs: CaseInputs, backend: str) -> list[Comparison]:
         checked.append((inputs, backend))
         return real(inputs, backend)
 
-    monkeypatch.setattr(parity, "check", check)
-    one = subject()
+    monkeypatch.setattr(checks, "check", check)
+    case = detector_case()
     with profile(1) as measured:
-        one.step(FUSED)
+        case.step(FUSED)
     assert bench_model.check_parity(measured, "fp32") == []
     ((inputs, backend),) = checked
     assert backend == "sdpa"
@@ -114,28 +116,28 @@ def test_largest_batch_is_found_in_few_trials(fitting: int) -> None:
         tried.append(size)
         return size <= fitting
 
-    assert bench_model.largest_batch(fits, most=11) == min(fitting, 11)
+    assert bench_model.largest_batch(fits, limit=11) == min(fitting, 11)
     assert len(tried) == len(set(tried)) <= 7
     assert max(tried) <= 11
 
 
 def test_a_step_beyond_memory_does_not_fit_and_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = subject()
-    assert one.fits(FUSED, 1)
-    weight = one.trainer.model.query_embed.weight
+    case = detector_case()
+    assert case.fits(FUSED, 1)
+    weight = case.trainer.model.query_embed.weight
 
     def out_of_memory(micro_batches: Any) -> None:
         assert [len(part) for part in micro_batches[0]] == [3, 3]
         weight.grad = torch.zeros_like(weight)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(one.trainer, "train_step", out_of_memory)
-    assert not one.fits(FUSED, 3)
+    monkeypatch.setattr(case.trainer, "train_step", out_of_memory)
+    assert not case.fits(FUSED, 3)
     assert weight.grad is None
 
 
 @pytest.mark.usefixtures("no_profiler")
-def test_table_and_json_tell_the_same_and_what_was_not_measured(
+def test_table_and_json_agree_and_name_what_was_not_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["smca-tiny", "--size", "32", "32", "--batch-size", "1", "--json", str(tmp_path / "model.json")]
@@ -153,32 +155,34 @@ def test_table_and_json_tell_the_same_and_what_was_not_measured(
     assert found["failures"] == {}
 
 
-def test_a_preset_that_does_not_fit_is_told_and_the_others_are_measured(
+def test_a_preset_that_does_not_fit_is_reported_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measure(one: Subject, repeats: Repeats) -> Any:
-        if one.preset == "smca-tiny":
+    def measure(case: DetectorCase, repeats: Repeats) -> Any:
+        if case.preset == "smca-tiny":
             raise torch.OutOfMemoryError("CUDA out of memory.\nlong advice")
         yield "parity failed"
 
     monkeypatch.setattr(bench_model, "measure", measure)
     assert cli.main(["bench-model", "smca-tiny", "detr-tiny", "--size", "32", "32"]) == 1
-    told = capsys.readouterr().out
-    assert "smca-tiny: not measured: CUDA out of memory.\n" in told
-    assert "detr-tiny: parity failed\n" in told
+    printed = capsys.readouterr().out
+    assert "smca-tiny: not measured: CUDA out of memory.\n" in printed
+    assert "detr-tiny: parity failed\n" in printed
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["no-such"], "PRESET must be among detr-r50"),
         (["--batch-size", "0"], "--batch-size and --size must be at least 1, got 0 and None"),
         (["--json", "no/such/folder.json"], "--json must name a file in an existing folder"),
     ],
 )
-def test_wrong_options_are_told_in_a_line(options: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_reported_in_a_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["bench-model", *options]) == 2
-    assert f"smca bench-model: error: {told}" in capsys.readouterr().err
+    assert f"smca bench-model: error: {message}" in capsys.readouterr().err
 
 
 def test_every_default_preset_is_one_and_dc5_is_among_those_of_a_gpu() -> None:

@@ -1,4 +1,4 @@
-"""`smca bench --base`: what counts as a regression, and what doesn't."""
+"""`smca bench --base`: differences that count as regressions, and those that don't."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU could do at best."""
+"""Limits of a GPU."""
 
 from __future__ import annotations
 

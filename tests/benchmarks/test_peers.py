@@ -1,4 +1,4 @@
-"""What the operator is benchmarked against: that it computes the same, and that what doesn't is known not to."""
+"""Rivals of the operator: those that compute the same function, to the budget, and those known not to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from smca_kernels.backends import reference
-from smca_kernels.testing.parity import Case, Expectation, Inputs, make_inputs
+from smca_kernels.testing.cases import Case, CaseInputs, make_inputs
+from smca_kernels.testing.check import Expectation
 
 SMALL = Case("small", ((5, 9), (3, 5)), batch=2, heads=2, queries=9, head_dim=16)
 CASES = [
@@ -23,7 +24,7 @@ CASES = [
 ]
 
 
-def assert_computes_the_same(attend: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
+def assert_computes_the_same(attend: Callable[[CaseInputs], Tensor], inputs: CaseInputs) -> None:
     """In float64, so that no rounding of columns or masks hides a wrong formula; budgets are float32's."""
     wide = inputs.double()
     output = attend(wide)
@@ -48,7 +49,7 @@ def test_peer_gives_the_operators_output_and_gradients(name: str, case: Case, ge
 )
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_gives_the_operators_output_and_gradients(
-    attend: Callable[[Inputs], Tensor], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    attend: Callable[[CaseInputs], Tensor], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Its compiled form has no backward on a CPU and refuses; the arithmetic that eager mode would do has one.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
@@ -85,11 +86,11 @@ def test_plain_sdpa_is_the_operator_at_one_scale_without_a_prior(mask: str, gene
     case = Case("plain", ((5, 9),), batch=2, heads=2, mask=mask, scale_weights=False)
     inputs = make_inputs(case, generator)
     flat = dataclasses.replace(inputs, precision=torch.zeros_like(inputs.precision))
-    expected = reference.attention(*flat.backend_arguments())
+    expected = reference.attention(flat)
     torch.testing.assert_close(peers.plain_sdpa(peers_without_gradients(inputs)), expected.detach())
 
 
-def peers_without_gradients(inputs: Inputs) -> Inputs:
+def peers_without_gradients(inputs: CaseInputs) -> CaseInputs:
     tensors = {name: tensor.detach() for name, tensor in inputs.differentiable().items()}
     return dataclasses.replace(inputs, **tensors)
 
@@ -117,7 +118,7 @@ def test_triton_with_all_keys_is_measured_where_triton_may_leave_some_out(
 ) -> None:
     launch = pytest.importorskip("smca_kernels.backends.triton.launch")
     monkeypatch.setattr(peers, "explain_backend", lambda **arguments: None)
-    monkeypatch.setattr(launch, "plan_pays", lambda query, sides: leaves_keys_out)
+    monkeypatch.setattr(launch, "is_planned", lambda inputs: leaves_keys_out)
     inputs = make_inputs(SMALL, generator, "meta")
     assert PEERS["triton"].unsupported(inputs, True) is None
     assert (PEERS["triton-all"].unsupported(inputs, True) is None) == leaves_keys_out

@@ -78,7 +78,7 @@ def measured_run(share: float, device: str = "cuda") -> dict[str, Any]:
     return {"environment": environment, "rows": rows, **empty}
 
 
-def test_efficiency_of_a_measured_card_scales_the_predictions_and_the_fit_is_told() -> None:
+def test_efficiency_of_a_measured_card_scales_the_predictions_and_the_fit_is_reported() -> None:
     fitted = predict.fit(measured_run(0.5), COSTS, "bfloat16")
     assert fitted.efficiency == pytest.approx({FORWARD: 0.5, BOTH: 0.5})
     predictions = predict.predict(COSTS, WORKLOADS["full-b2"], "bfloat16", 90)

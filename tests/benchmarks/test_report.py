@@ -49,11 +49,11 @@ def found() -> dict[str, Any]:
         about | {"bar": "≥ 5 × as fast as naive", "measure": "time", "step": FORWARD, "peer": "sdpa",
                  "against": "naive", "value": 4.0, "base": 16.0, "met": False},
     ]  # fmt: skip
-    left = [about | {"peer": "flex", "step": BOTH, "reason": "no backward here"}]
+    skipped = [about | {"peer": "flex", "step": BOTH, "reason": "no backward here"}]
     return {
         "environment": {"device": "cpu", "name": "a CPU", "torch": "9.9", "commit": "0123456789abcdef"},
         "finished": True, "passed": False, "defaults": {"float32": "sdpa"}, "workloads": workloads, "peers": peers,
-        "parity": parity, "rows": rows, "bars": bars, "not_measured": left,
+        "parity": parity, "rows": rows, "bars": bars, "not_measured": skipped,
     }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def line_of(text: str, workload: str, peer: str) -> str:
     return next(line for line in section.split("\n") if line.startswith(f"| {peer}"))
 
 
-def test_row_tells_time_speed_rate_share_of_the_limit_and_parity(found: dict[str, Any]) -> None:
+def test_row_has_time_speed_rate_share_of_the_limit_and_parity(found: dict[str, Any]) -> None:
     line = line_of(report.markdown(found), "full-b3", "sdpa")
     for cell in ("sdpa (default)", "4 (3.6–4.4)", "4.00 ×", "25 % / 25 %", "0.25", f"{3780 / 4 / 1e6:.4g}"):
         assert f" {cell} " in line
@@ -84,7 +84,7 @@ def test_peer_that_computes_something_else_is_marked_and_has_no_rate(found: dict
     assert f" {3780 / 8 / 1e6:.4g} " not in line
 
 
-def test_reasons_bars_and_an_unfinished_run_are_told(found: dict[str, Any]) -> None:
+def test_reasons_bars_and_an_unfinished_run_are_shown(found: dict[str, Any]) -> None:
     text = report.markdown(found | {"finished": False})
     assert "| flex | forward + backward | full-b3 float32 | no backward here |" in text
     assert "4 × naive (16) | **missed** |" in text

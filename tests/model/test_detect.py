@@ -16,7 +16,7 @@ from PIL import Image
 
 from smca_kernels.tools import cli
 from smca_model import SMCA, build, detect, weights
-from smca_model.data import normalize
+from smca_model.data.images import normalize
 
 CLASSES = ("one", "two", "three")
 TINY = {"hidden_dim": 32, "num_heads": 2, "decoder_layers": 2, "num_queries": 6, "ffn_dim": 64}
@@ -175,7 +175,7 @@ def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: 
         (["image.png", "--queries", "6"], "--queries must be in 0 … 5, got"),
         (["image.png", "--size", "0"], "--size must be at least 1, got 0"),
         (["image.png", "--size", "96"], "--size must be below --max-size, got 96 and 96"),
-        (["image.png", "--device", "gpux"], "--device must be one of this machine, got gpux"),
+        (["image.png", "--device", "gpux"], "--device gpux can't be used: "),
         (["image.png", "other/image.jpg"], "images must differ in name without suffix"),
         (["text.png"], "image text.png can't be read"),
         (["image.png", "--out", "text.png"], "--out must be a folder that can be written, got text.png"),

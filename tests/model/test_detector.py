@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_detector import MULTI, SINGLE, tiny_detector
 
-from smca_kernels.testing.parity import assert_within_budget
+from smca_kernels.testing.budget import assert_within_budget
 from smca_model import PRESETS, SMCA, build, build_criterion, postprocess
 
 OUTPUTS = ("pred_logits", "pred_boxes")

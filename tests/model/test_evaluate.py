@@ -21,7 +21,7 @@ pytest.importorskip("tqdm")
 from coco_folder import annotation, write_coco
 
 from smca_model import evaluate as module
-from smca_model.data import CocoDetection
+from smca_model.data.coco import CocoDetection
 
 CPU = torch.device("cpu")
 SIZES = {4: (40, 60), 9: (80, 50), 11: (64, 64)}
@@ -258,11 +258,11 @@ def test_smca_eval_refuses_weights_of_other_classes(tmp_path: Path, weights_file
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--json", "nowhere/n.json"), "--json must be a file in a folder that exists, got nowhere/n.json"),
-        (("--detections", "nowhere/d.json"), "--detections must be a file in a folder that exists"),
+        (("--json", "nowhere/n.json"), "--json must name a file in an existing folder, got nowhere/n.json"),
+        (("--detections", "nowhere/d.json"), "--detections must name a file in an existing folder"),
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--workers", "-1"), "--workers must be at least 0, got -1"),
-        (("--device", "gpux"), "--device must be one of this machine, got gpux"),
+        (("--device", "gpux"), "--device gpux can't be used: "),
     ],
 )
 def test_smca_eval_refuses_wrong_options_before_any_work(option: tuple[str, str], message: str) -> None:

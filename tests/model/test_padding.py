@@ -23,7 +23,7 @@ def test_twice_the_padding_changes_no_more() -> None:
 
 
 def test_norms_set_to_an_image_keep_the_size_of_its_features() -> None:
-    backbone, image = ResNet("resnet50", (32,)).eval(), torch.randn(1, 3, 96, 96)
+    backbone, image = ResNet("resnet50", (32,)).eval(), 1000 * torch.randn(1, 3, 96, 96)
     before = backbone(image)[32].std().item()
     padding.set_norms(backbone, image)
     assert not 0.1 < before < 10
@@ -34,7 +34,7 @@ def test_the_command_prints_a_row_for_each_backbone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("skimage")
-    monkeypatch.setattr(padding, "SUBJECTS", padding.SUBJECTS[-1:])
+    monkeypatch.setattr(padding, "BACKBONES", padding.BACKBONES[-1:])
     padding.main()
     title, row = capsys.readouterr().out.splitlines()
     assert title.startswith("Change of features beside 240 pixels of padding")

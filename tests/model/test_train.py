@@ -20,40 +20,36 @@ pytest.importorskip("tensorboard")
 pytest.importorskip("torchvision")
 
 from smca_kernels.tools import cli
-from smca_model import checkpoint, train, weights
-from smca_model.digits import make_digits
+from smca_model import weights
+from smca_model.training import checkpoint, dry_run, setup
+from smca_model.training.engine import Trainer, TrainingError
+from smca_model.training.loop import train
+from smca_model.training.metrics import read_metrics
+from smca_model.training.settings import Settings
+from smca_model.training.signals import Stopped
 
 SIZE = 48
 TINY = ("hidden_dim=32", "num_heads=2", "decoder_layers=2", "num_queries=10", "ffn_dim=64", "dropout=0.1")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight scenes of digits to train on, two held out."""
-    pytest.importorskip("skimage")
-    folder = tmp_path_factory.mktemp("digits") / "data"
-    make_digits(folder, train=8, val=2, size=SIZE, progress=False)
-    return folder
-
-
-def settings(data: Path, out: Path, **changes: Any) -> train.Settings:
+def settings(data: Path, out: Path, **changes: Any) -> Settings:
     """Two epochs of four steps."""
     fixed: dict[str, Any] = {"preset": "smca-tiny", "overrides": TINY, "sizes": (40, SIZE), "max_size": 2 * SIZE}
     fixed |= {"epochs": 2, "lr_drop": 1, "log_every": 1, "workers": 0}
-    return train.Settings(data=str(data), out=str(out), **fixed | changes)
+    return Settings(data=str(data), out=str(out), **fixed | changes)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
     """Sends this process a signal while that step (counted from 0) runs."""
-    real = train.Trainer.train_step
+    real = Trainer.train_step
 
-    def train_step(self: train.Trainer, batches: Any) -> dict[str, float]:
+    def train_step(self: Trainer, batches: Any) -> dict[str, float]:
         if self.step == step:
-            monkeypatch.setattr(train.Trainer, "train_step", real)
+            monkeypatch.setattr(Trainer, "train_step", real)
             os.kill(os.getpid(), number)
         return real(self, batches)
 
-    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def assert_same_state(one: Any, other: Any) -> None:
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that came to its end."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    train.train(settings(data, folder, ema=0.9))
+    train(settings(data, folder, ema=0.9))
     return folder
 
 
@@ -101,7 +97,7 @@ def test_the_weights_for_use_are_those_of_the_moving_average(run: Path) -> None:
 
 
 def test_metrics_have_a_line_a_step_and_one_an_evaluation(run: Path) -> None:
-    lines = train.read_metrics(run)
+    lines = read_metrics(run)
     assert [line["step"] for line in lines if "AP" not in line] == list(range(1, 9))
     assert [line["epoch"] for line in lines if "AP" in line] == [1, 2]
     parts = [value for name, value in lines[0].items() if name.startswith("loss_")]
@@ -118,7 +114,7 @@ def test_tensorboard_has_the_same_numbers(run: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    expected = [(line["step"], line["loss"]) for line in train.read_metrics(run) if "loss" in line]
+    expected = [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
     assert [event.step for event in events.Scalars("val/AP")] == [4, 8]
@@ -126,12 +122,12 @@ def test_tensorboard_has_the_same_numbers(run: Path) -> None:
 
 def test_a_folder_that_holds_a_run_is_not_written_over(run: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=f"{run} holds one; go on with --resume"):
-        train.train(settings(data, run))
+        train(settings(data, run))
 
 
 def test_evaluation_is_every_so_many_epochs_and_after_the_last(data: Path, tmp_path: Path) -> None:
-    train.train(settings(data, tmp_path / "run", epochs=3, eval_every=2, batch_size=8))
-    assert [line["epoch"] for line in train.read_metrics(tmp_path / "run") if "AP" in line] == [2, 3]
+    train(settings(data, tmp_path / "run", epochs=3, eval_every=2, batch_size=8))
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run") if "AP" in line] == [2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------ stop and resume
@@ -143,19 +139,19 @@ def test_a_run_stopped_anywhere_and_resumed_ends_as_the_uninterrupted_one(
 ) -> None:
     chosen = settings(data, tmp_path / "run", ema=0.9)
     stop_at(monkeypatch, step)
-    with pytest.raises(train.Stopped):
-        train.train(chosen)
+    with pytest.raises(Stopped):
+        train(chosen)
     assert state_of(tmp_path / "run")["step"] == step + 1
     torch.rand(5)
-    evaluations = train.train(chosen, resume=True)
+    evaluations = train(chosen, resume=True)
     assert_same_state(state_of(tmp_path / "run"), state_of(run))
     assert [line["epoch"] for line in evaluations] == [1, 2]
-    curves = [[line["loss"] for line in train.read_metrics(each) if "loss" in line] for each in (tmp_path / "run", run)]
+    curves = [[line["loss"] for line in read_metrics(each) if "loss" in line] for each in (tmp_path / "run", run)]
     assert curves[0] == curves[1]
 
 
 def test_workers_change_nothing(run: Path, data: Path, tmp_path: Path) -> None:
-    train.train(settings(data, tmp_path / "run", ema=0.9, workers=1, eval_every=0))
+    train(settings(data, tmp_path / "run", ema=0.9, workers=1, eval_every=0))
     assert_same_state(state_of(tmp_path / "run"), state_of(run))
 
 
@@ -163,21 +159,21 @@ def test_after_a_crash_the_lines_of_repeated_steps_are_there_once(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings(data, tmp_path / "run", ema=0.9)
-    real = train.Trainer.train_step
+    real = Trainer.train_step
 
-    def crash(self: train.Trainer, batches: Any) -> dict[str, float]:
+    def crash(self: Trainer, batches: Any) -> dict[str, float]:
         if self.step == 6:
             raise MemoryError
         return real(self, batches)
 
-    monkeypatch.setattr(train.Trainer, "train_step", crash)
+    monkeypatch.setattr(Trainer, "train_step", crash)
     with pytest.raises(MemoryError):
-        train.train(chosen)
-    monkeypatch.setattr(train.Trainer, "train_step", real)
+        train(chosen)
+    monkeypatch.setattr(Trainer, "train_step", real)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
-    train.train(chosen, resume=True)
-    lines = train.read_metrics(tmp_path / "run")
+    train(chosen, resume=True)
+    lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in lines if "AP" in line] == [4, 8]
     assert_same_state(state_of(tmp_path / "run"), state_of(run))
@@ -188,18 +184,18 @@ def test_a_signal_to_the_processes_that_load_images_too_saves_and_stops(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     # As Ctrl-C, torchrun and schedulers send it: from elsewhere.
-    real = train.Trainer.train_step
+    real = Trainer.train_step
 
-    def train_step(self: train.Trainer, batches: Any) -> dict[str, float]:
+    def train_step(self: Trainer, batches: Any) -> dict[str, float]:
         for worker in multiprocessing.active_children():
             subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
             time.sleep(0.5)  # no join, which would keep the end of a process from whom it concerns
         os.kill(os.getpid(), number)
         return real(self, batches)
 
-    monkeypatch.setattr(train.Trainer, "train_step", train_step)
-    with pytest.raises(train.Stopped):
-        train.train(settings(data, tmp_path / "run", workers=1))
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(Stopped):
+        train(settings(data, tmp_path / "run", workers=1))
     assert state_of(tmp_path / "run")["step"] == 1
 
 
@@ -222,7 +218,7 @@ def test_the_command_stops_on_a_signal_saves_and_says_how_to_go_on(
 
 def test_what_a_run_was_made_with_cant_change_under_it(run: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size 2 there, 4 here; seed 0 there, 1 here"):
-        train.train(settings(data, run, ema=0.9, batch_size=4, seed=1), resume=True)
+        train(settings(data, run, ema=0.9, batch_size=4, seed=1), resume=True)
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,19 +252,19 @@ def test_overrides_are_json_where_they_can_be() -> None:
 
 def test_a_step_larger_than_the_data_is_refused_and_nothing_is_written(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a step of at most the 8 training images, got a step of 12"):
-        train.train(settings(data, tmp_path / "run", batch_size=4, accumulate=3))
+        train(settings(data, tmp_path / "run", batch_size=4, accumulate=3))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_a_folder_is_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="out must be a folder for the run, got ''"):
-        train.train(train.Settings(data=str(data)))
+        train(Settings(data=str(data)))
 
 
 def test_a_folder_that_cant_be_made_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"out must be a folder that can be made, got .*file/run"):
-        train.train(settings(data, tmp_path / "file" / "run"))
+        train(settings(data, tmp_path / "file" / "run"))
 
 
 def test_a_run_goes_on_in_its_own_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,10 +280,10 @@ def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_loss_that_is_not_finite_ends_the_command_with_status_1(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train_step(self: train.Trainer, batches: Any) -> dict[str, float]:
-        raise train.TrainingError("step 0: the loss giou is nan")
+    def train_step(self: Trainer, batches: Any) -> dict[str, float]:
+        raise TrainingError("step 0: the loss giou is nan")
 
-    monkeypatch.setattr(train.Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     command = ["train", "--data", str(data), "--out", str(tmp_path / "run"), "--preset", "smca-tiny"]
     assert cli.main([*command, "--sizes", "48", "--max-size", "96", "--workers", "0"]) == 1
     assert "smca train: step 0: the loss giou is nan" in capsys.readouterr().err
@@ -297,17 +293,17 @@ def test_pretrained_weights_are_the_default_where_the_backbone_has_any(
     monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
     asked: list[tuple[str, bool]] = []
-    real = train.build
+    real = setup.build
 
     def build(preset: str, *arguments: Any, pretrained_backbone: bool = False, **overrides: Any) -> Any:
         asked.append((preset, pretrained_backbone))
         return real(preset, *arguments, **overrides)
 
-    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(setup, "build", build)
     for preset in ("smca-tiny", "smca-r50"):
-        chosen = train.Settings(data=str(data), preset=preset)
+        chosen = Settings(data=str(data), preset=preset)
         for from_weights in (True, False):
-            train.build_model(chosen, 10, from_weights=from_weights, device=torch.device("cpu"))
+            setup.build_model(chosen, 10, from_weights=from_weights, device=torch.device("cpu"))
     assert [preset for preset, pretrained in asked if pretrained] == ["smca-r50"]
 
 
@@ -328,15 +324,15 @@ def test_the_largest_batch_holds_the_highest_and_the_widest_image() -> None:
     class Images:
         sizes, max_size, orig_sizes = (400, 800), 1333, [(480, 640), (1000, 500), (100, 1000)]
 
-    assert train.largest_size(Images()) == (1333, 1333)  # type: ignore[arg-type]
+    assert dry_run.largest_size(Images()) == (1333, 1333)  # type: ignore[arg-type]
     Images.orig_sizes = [(480, 640)]
-    assert train.largest_size(Images()) == (800, 1067)  # type: ignore[arg-type]
+    assert dry_run.largest_size(Images()) == (800, 1067)  # type: ignore[arg-type]
 
 
 def test_every_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    for name in train.Settings.__dataclass_fields__:
+    for name in Settings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in told
     assert "the largest for evaluation; default: 480 512 544" in told

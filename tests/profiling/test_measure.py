@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 
 import torch
+from devices import CPU
 
 from smca_kernels.profiling import measure as profiling
-from smca_kernels.testing.parity import Case, make_inputs
-
-CPU = torch.device("cpu")
+from smca_kernels.testing.cases import Case, make_inputs
 
 
 def test_triton_is_not_timed_on_a_cpu_and_the_reason_is_given(generator: torch.Generator) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,12 @@ import torch._dynamo.testing
 import smca_kernels
 from smca_kernels import attention, smca_attention
 from smca_kernels.backends import reference
-from smca_kernels.profiling import recorder as scale_profile
-from smca_kernels.testing.parity import Case, make_inputs
+from smca_kernels.inputs import AttentionInputs
+from smca_kernels.profiling import measure, recorder, report
+from smca_kernels.profiling.call import RecordedCall, prior_width
+from smca_kernels.profiling.rows import CallRow, Row
+from smca_kernels.profiling.traffic import bytes_moved
+from smca_kernels.testing.cases import Case, make_inputs
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/profiling.md").read_text("utf-8")
@@ -29,7 +32,7 @@ def arguments(generator: torch.Generator, case: Case = CASE, **changes: Any) -> 
     return make_inputs(case, generator).arguments() | changes
 
 
-def profiled(given: dict[str, Any], backend: str = "reference") -> smca_kernels.scale_profile.Profile:
+def profiled(given: dict[str, Any], backend: str = "reference") -> recorder.Profile:
     with smca_kernels.profile(repeats=1) as profile:
         smca_attention(**given, backend=backend)
     return profile
@@ -96,10 +99,10 @@ def test_results_gradients_and_random_numbers_are_those_without_a_profile(genera
 def test_outside_of_a_block_nobody_watches(generator: torch.Generator) -> None:
     given = arguments(generator)
     profiled(given)
-    assert attention.watch is None
+    assert attention.call_hook is None
     with pytest.raises(ZeroDivisionError), smca_kernels.profile():
         _ = 1 / 0
-    assert attention.watch is None
+    assert attention.call_hook is None
 
 
 def test_an_error_in_the_block_leaves_no_results() -> None:
@@ -119,7 +122,7 @@ def test_a_block_without_calls_says_so_when_asked() -> None:
 def test_a_profile_inside_a_profile_is_refused() -> None:
     with smca_kernels.profile(), pytest.raises(RuntimeError, match="inside another"), smca_kernels.profile():
         pass
-    assert attention.watch is None
+    assert attention.call_hook is None
 
 
 def test_no_repeats_are_refused() -> None:
@@ -130,14 +133,14 @@ def test_no_repeats_are_refused() -> None:
 def test_calls_beyond_the_limit_run_and_are_counted(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scale_profile, "MOST_CALLS", 1)
+    monkeypatch.setattr(recorder, "MAX_CALLS", 1)
     given = arguments(generator)
     with smca_kernels.profile(repeats=1) as profile:
         outputs = [smca_attention(**given) for _ in range(3)]
     assert torch.equal(outputs[0], outputs[2])
     assert len(profile.calls()) == 1
     assert "2 more calls were not measured" in profile.table()
-    assert profile.as_dict()["calls_left_out"] == 2
+    assert profile.as_dict()["calls_skipped"] == 2
 
 
 # ------------------------------------------------------------------------------------------------------- what of each
@@ -146,37 +149,40 @@ def test_calls_beyond_the_limit_run_and_are_counted(
 @pytest.mark.parametrize("mask", ["none", "valid_shapes", "padding"])
 def test_a_scale_alone_is_what_it_contributes_to_the_call(generator: torch.Generator, mask: str) -> None:
     given = arguments(generator, dataclasses.replace(CASE, mask=mask))
-    seen: list[tuple[Any, ...]] = []
+    seen: list[AttentionInputs] = []
 
-    def noted(*inputs: Any) -> torch.Tensor:
+    def noted(inputs: AttentionInputs) -> torch.Tensor:
         seen.append(inputs)
-        return reference.attention(*inputs)
+        return reference.attention(inputs)
 
     with smca_kernels.profile(repeats=1) as profile, torch.no_grad():
-        attention.watch, watch = lambda name, _: watch(name, noted), attention.watch
+        attention.call_hook, hook = lambda name, _: hook(name, noted), attention.call_hook
         whole = smca_attention(**given, backend="reference")
-    scales = [inputs for inputs in seen if len(inputs[6]) == 1]
-    parts = {inputs[6][0]: reference.attention(*inputs) for inputs in scales}
+    scales = [inputs for inputs in seen if len(inputs.spatial_shapes) == 1]
+    parts = {inputs.spatial_shapes[0]: reference.attention(inputs) for inputs in scales}
     torch.testing.assert_close(sum(parts.values()), whole)
     assert len(profile.rows()) == len(parts) == 2
 
 
-def test_time_is_that_of_the_scale_and_share_that_of_all_scales(generator: torch.Generator) -> None:
+def test_time_is_that_of_the_scale_and_share_that_of_all_scales(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = arguments(generator)
+    clock = 0.0
 
-    def slow(*inputs: Any) -> torch.Tensor:
-        time.sleep({((5, 6),): 0.01, ((3, 3),): 0.02, CASE.spatial_shapes: 0.03}[inputs[6]])
-        return reference.attention(*inputs)
+    def slow(inputs: AttentionInputs) -> torch.Tensor:
+        nonlocal clock
+        clock += {((5, 6),): 0.01, ((3, 3),): 0.03, CASE.spatial_shapes: 0.07}[inputs.spatial_shapes]
+        return reference.attention(inputs)
 
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock)
     with smca_kernels.profile(repeats=1) as profile, torch.no_grad():
-        attention.watch, watch = lambda name, _: watch(name, slow), attention.watch
+        attention.call_hook, hook = lambda name, _: hook(name, slow), attention.call_hook
         smca_attention(**given, backend="reference")
     first, second = profile.rows()
-    assert 10 <= first.milliseconds < second.milliseconds
-    assert second.milliseconds >= 20
-    assert profile.calls()[0].milliseconds >= 30
-    total = first.milliseconds + second.milliseconds
-    assert (first.share, second.share) == pytest.approx((first.milliseconds / total, second.milliseconds / total))
+    assert (first.milliseconds, second.milliseconds) == pytest.approx((10, 30))
+    assert profile.calls()[0].milliseconds == pytest.approx(70)
+    assert (first.share, second.share) == pytest.approx((0.25, 0.75))
 
 
 def test_keys_that_count_are_those_neither_padded_nor_masked(generator: torch.Generator) -> None:
@@ -206,7 +212,7 @@ def test_width_of_the_prior_is_its_sigma_in_cells(generator: torch.Generator) ->
 
 def test_width_is_finite_as_long_as_the_quantile_is() -> None:
     precision = torch.tensor([0.5] * 6 + [0.0] * 4)
-    assert scale_profile.prior_width(precision) == (1.0, None)
+    assert prior_width(precision) == (1.0, None)
 
 
 def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:
@@ -214,8 +220,8 @@ def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:
     valid = torch.tensor([[(9, 5)], [(1, 4)], [(0, 3)]])
     case = Case("tiles", ((9, 10),), batch=3, heads=1, queries=33, head_dim=16, mask="valid_shapes")
     inputs = make_inputs(case, generator)
-    given = (*inputs.backend_arguments()[:6], ((9, 10),), valid, None, 0.0, 0.25, 0.0)
-    call = scale_profile._Call.of("triton", reference.attention, given)
+    inputs = dataclasses.replace(inputs, valid_shapes=valid, mass_tolerance=0.0)
+    call = RecordedCall.of("triton", reference.attention, inputs)
     # Where products are FMAs: tiles of 4 × 4 cells, 32 queries; two blocks of queries, 9 tiles of a grid.
     tops = [(y, x) for y in range(0, 9, 4) for x in range(0, 10, 4)]
     walked = [sum(y < height and x < width for y, x in tops) for ((height, width),) in valid.tolist()]
@@ -224,30 +230,30 @@ def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:
 
 def test_tiles_are_those_of_the_plan(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("smca_kernels.backends.triton.launch")
-    monkeypatch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "MIN_PLANNED_ELEMENTS", 0)
     # One cell of a corner has it all: each query of the block looks at the first of 5 × 5 tiles, and no farther.
     inputs = make_inputs(Case("tiles", ((20, 20), (2, 2)), queries=9, head_dim=16), generator)
     corner = torch.zeros_like(inputs.center)
     inputs = dataclasses.replace(inputs, center=corner, precision=torch.full_like(corner, 100.0))
     with smca_kernels.profile(repeats=1) as profile, torch.no_grad():
         smca_attention(**inputs.arguments(), backend="triton")
-        smca_attention(**inputs.arguments(), backend="triton", mass_tolerance=0.0)
+        smca_attention(**inputs.arguments() | {"mass_tolerance": 0.0}, backend="triton")
     assert [(row.tiles, row.tiles_skipped) for row in profile.rows()] == [(1, 24), (1, 0), (25, 0), (1, 0)]
 
 
 def test_a_backend_without_tiles_has_none(generator: torch.Generator) -> None:
     row = profiled(arguments(generator)).rows()[0]
     assert (row.tiles, row.tiles_skipped) == (None, None)
-    assert "–" in scale_profile._cells(row)
+    assert "–" in report._cells(row)
 
 
 def test_bytes_moved_are_what_operations_take_and_give() -> None:
     x, row = torch.zeros(10, 10), torch.zeros(10)
-    assert scale_profile.bytes_moved(lambda: x + x) == 3 * 400
-    assert scale_profile.bytes_moved(lambda: x.t().reshape(-1)[:10]) == 400 + 400
-    assert scale_profile.bytes_moved(lambda: x * row.expand(10, 10)) == 400 + 40 + 400
-    assert scale_profile.bytes_moved(lambda: torch.empty_like(x)) == 0
-    assert scale_profile.bytes_moved(lambda: torch.zeros_like(x)) == 400
+    assert bytes_moved(lambda: x + x) == 3 * 400
+    assert bytes_moved(lambda: x.t().reshape(-1)[:10]) == 400 + 400
+    assert bytes_moved(lambda: x * row.expand(10, 10)) == 400 + 40 + 400
+    assert bytes_moved(lambda: torch.empty_like(x)) == 0
+    assert bytes_moved(lambda: torch.zeros_like(x)) == 400
 
 
 def test_naive_moves_more_bytes_than_the_fused_kernels_operator(generator: torch.Generator) -> None:
@@ -256,8 +262,8 @@ def test_naive_moves_more_bytes_than_the_fused_kernels_operator(generator: torch
 
     inputs = make_inputs(dataclasses.replace(CASE, spatial_shapes=((5, 6),)), generator)
     with torch.no_grad():
-        naive = scale_profile.bytes_moved(lambda: reference.attention(*inputs.backend_arguments()))
-        fused = scale_profile.bytes_moved(lambda: operator.attention(*inputs.backend_arguments()))
+        naive = bytes_moved(lambda: reference.attention(inputs))
+        fused = bytes_moved(lambda: operator.attention(inputs))
     # Inputs and outputs once: query, output, float32 output of the scale, log-sum-exp; key, value; the prior.
     rows, keys = 2 * 2 * 3, 2 * 2 * 30
     assert fused == 4 * (3 * 16 * rows + rows + 2 * 16 * keys + (2 + 2 + 1) * rows)
@@ -271,13 +277,13 @@ def test_a_call_under_autocast_is_measured_in_its_dtype(generator: torch.Generat
     given = arguments(generator)
     dtypes = []
 
-    def noted(*inputs: Any) -> torch.Tensor:
+    def noted(inputs: AttentionInputs) -> torch.Tensor:
         assert not torch.is_autocast_enabled("cpu")
-        dtypes.append(inputs[0].dtype)
-        return reference.attention(*inputs)
+        dtypes.append(inputs.query.dtype)
+        return reference.attention(inputs)
 
     with torch.autocast("cpu", torch.bfloat16), smca_kernels.profile(repeats=1) as profile:
-        attention.watch, watch = lambda name, _: watch(name, noted), attention.watch
+        attention.call_hook, hook = lambda name, _: hook(name, noted), attention.call_hook
         smca_attention(**given, backend="reference")
     assert set(dtypes) == {torch.bfloat16}
     assert profile.calls()[0].dtype == "bfloat16"
@@ -314,7 +320,7 @@ def test_on_a_gpu_the_host_runs_ahead_of_what_is_timed(monkeypatch: pytest.Monke
 
 def test_table_has_a_line_for_every_scale_and_one_for_the_whole_call(generator: torch.Generator) -> None:
     lines = profiled(arguments(generator)).table().splitlines()
-    assert lines[0].split() == [word for name in scale_profile.HEADER for word in name.split()]
+    assert lines[0].split() == [word for name in report.HEADER for word in name.split()]
     assert [line.split()[:3] for line in lines[1:3]] == [["1", "1", "5×6"], ["1", "2", "3×3"]]
     assert lines[3].split()[:2] == ["1", "all"]
     assert "call 1: forward + backward, backend reference, float32 on cpu, batch 2" in "\n".join(lines)
@@ -344,7 +350,7 @@ def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_table_of_the_page_is_that_of_the_recorded_run() -> None:
     found = json.loads((ROOT / "benchmarks/results/profile_cpu.json").read_text("utf-8"))
-    calls = [scale_profile.CallRow(**call) for call in found["calls"]]
-    rows = [scale_profile.Row(**row) for row in found["rows"]]
-    shown = "\n".join(f"    {line}".rstrip() for line in scale_profile._table(calls, rows, found["repeats"], 0))
+    calls = [CallRow(**call) for call in found["calls"]]
+    rows = [Row(**row) for row in found["rows"]]
+    shown = "\n".join(f"    {line}".rstrip() for line in report.table(calls, rows, found["repeats"], 0))
     assert shown in PAGE

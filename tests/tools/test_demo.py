@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from smca_kernels import pictures
-from smca_kernels.testing.parity import Comparison
+from smca_kernels.testing.budget import Comparison
 from smca_kernels.tools import demo
 
 CPU = torch.device("cpu")

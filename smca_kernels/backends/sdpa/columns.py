@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from smca_kernels.backends.reference import SpatialShapes, cell_coordinates
+from smca_kernels.backends.reference import cell_coordinates
+from smca_kernels.inputs import SpatialShapes
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 

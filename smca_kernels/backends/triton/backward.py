@@ -36,14 +36,21 @@ from smca_kernels.backends.triton.tiles import (
     tile_coefficients,
     tile_coordinates,
     tile_features,
-    uniform,
-    uniform_count,
     valid_part,
+    warp_any,
+    warp_any_5_bits,
     window_of_block,
 )
 
 PADDED = tl.constexpr(64)  # queries are padded to a multiple of this: whole blocks of every configuration
-TERMS = tl.constexpr(6)  # of a query and scale: c_x, c_y, p_x, p_y, log-sum-exp, δ'
+# What is stored side by side for a query and scale.
+CENTER_X = tl.constexpr(0)
+CENTER_Y = tl.constexpr(1)
+PRECISION_X = tl.constexpr(2)
+PRECISION_Y = tl.constexpr(3)
+LOG_SUM = tl.constexpr(4)  # log-sum-exp
+DELTA = tl.constexpr(5)  # δ'
+TERMS = tl.constexpr(6)
 UNSPECIALIZED = [
     *("q_b", "q_h", "q_n", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "o_b", "o_h", "o_n"),
     *("dq_b", "dq_h", "dq_n", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t"),
@@ -56,7 +63,7 @@ UNSPECIALIZED = [
 
 @triton.jit
 def terms_of(terms, first, ROWS: tl.constexpr):
-    """Where the first term of rows `first` … is; the next are PADDED further each: a distance, not a register."""
+    """Pointers to term 0 of ROWS rows from `first` on; term i is i · PADDED further, at no register."""
     inside = (PADDED - 1) & first
     return terms + (first - inside) * TERMS + inside + tl.arange(0, ROWS)
 
@@ -111,13 +118,13 @@ def prepare_kernel(
         of_terms = terms_of(terms + first * TERMS, first_row, BLOCK_N)
         at_center = center + (((b * center_heads + h % center_heads) * queries + n) * scales + s) * 2
         at_precision = precision + (((b * precision_heads + h % precision_heads) * queries + n) * scales + s) * 2
-        tl.store(of_terms, tl.load(at_center))
-        tl.store(of_terms + 1 * PADDED, tl.load(at_center + 1))
-        tl.store(of_terms + 2 * PADDED, tl.load(at_precision))
-        tl.store(of_terms + 3 * PADDED, tl.load(at_precision + 1))
+        tl.store(of_terms + CENTER_X * PADDED, tl.load(at_center))
+        tl.store(of_terms + CENTER_Y * PADDED, tl.load(at_center + 1))
+        tl.store(of_terms + PRECISION_X * PADDED, tl.load(at_precision))
+        tl.store(of_terms + PRECISION_Y * PADDED, tl.load(at_precision + 1))
         # A row of padding must not count: its probabilities underflow to 0.
-        tl.store(of_terms + 4 * PADDED, tl.where(in_range, tl.load(lse + at), 1e25))
-        tl.store(of_terms + 5 * PADDED, tl.sum(weighted.to(tl.float32) * keep_p * output, 1))
+        tl.store(of_terms + LOG_SUM * PADDED, tl.where(in_range, tl.load(lse + at), 1e25))
+        tl.store(of_terms + DELTA * PADDED, tl.sum(weighted.to(tl.float32) * keep_p * output, 1))
 
 
 @triton.jit
@@ -176,14 +183,14 @@ def query_major_kernel(
     if plan is not None:
         plan += batch_head.to(tl.int64) * plan_size
         n = tl.load(plan + n)
-    never = queries < 0
+    always_false = queries < 0
 
     key += (b * k_b + h * k_h) * UNIT
     value += (b * v_b + h * v_h) * UNIT
     ordered_query += batch_head.to(tl.int64) * rows * HEAD_DIM
     weighted_grads += batch_head.to(tl.int64) * scales * rows * HEAD_DIM
     terms = terms_of(terms + batch_head.to(tl.int64) * scales * rows * TERMS, block * BLOCK_N, BLOCK_N)
-    first_row = batch_head.to(tl.int64) * queries * scales
+    batch_head_row = batch_head.to(tl.int64) * queries * scales
     column, row = tile_coordinates(TILE_H, TILE_W)
     if seed is not None:
         row_key = dropout_row_key(tl.load(seed), batch_head, n)
@@ -194,17 +201,17 @@ def query_major_kernel(
         height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
         valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
         of_scale = terms + s * rows * TERMS
-        c_x = tl.load(of_scale)
-        c_y = tl.load(of_scale + 1 * PADDED)
-        p_x = tl.load(of_scale + 2 * PADDED)
-        p_y = tl.load(of_scale + 3 * PADDED)
+        c_x = tl.load(of_scale + CENTER_X * PADDED)
+        c_y = tl.load(of_scale + CENTER_Y * PADDED)
+        p_x = tl.load(of_scale + PRECISION_X * PADDED)
+        p_y = tl.load(of_scale + PRECISION_Y * PADDED)
         d_x = from_nearest_cell(c_x, valid_width)
         d_y = from_nearest_cell(c_y, valid_height)
-        log_sum = tl.load(of_scale + 4 * PADDED)
-        delta = tl.load(of_scale + 5 * PADDED)
+        log_sum = tl.load(of_scale + LOG_SUM * PADDED)
+        delta = tl.load(of_scale + DELTA * PADDED)
         q = load_rows(ordered_query, ordered, HEAD_DIM, HEAD_DIM, BLOCK_D)
         do = load_rows(weighted_grads + s * rows * HEAD_DIM, ordered, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        direct = uniform((tl.max(tl.maximum(p_x, p_y), 0) > precision_limit).to(tl.int32))
+        direct = warp_any((tl.max(tl.maximum(p_x, p_y), 0) > precision_limit).to(tl.int32))
         x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, valid_height, valid_width)
         tiles = tl.cdiv(y1 - y0, TILE_H) * tl.cdiv(x1 - x0, TILE_W)
 
@@ -217,8 +224,8 @@ def query_major_kernel(
         for DIRECT in tl.static_range(DIRECT_ONLY, 2):
             r_x = p_x * (0.0 if DIRECT else inverse_scale)
             r_y = p_y * (0.0 if DIRECT else inverse_scale)
-            fixed = fixed_coefficients(r_x, r_y, grad_query, never)
-            features = tile_features(TILE_H, TILE_W, grad_query, never)
+            fixed = fixed_coefficients(r_x, r_y, grad_query, always_false)
+            features = tile_features(TILE_H, TILE_W, grad_query, always_false)
             i = tl.arange(0, 16)[None, :]
             of_moments = tl.where((i % 8 == 1) | (i == 15), 1.0, features.to(tl.float32)).to(q.dtype)
             tile_x = x0
@@ -283,7 +290,7 @@ def query_major_kernel(
         linear = (i % 8 == 4) | (i % 8 == 7)
         first_x += tl.sum(tl.where(linear & (i < 8), moments, 0.0), 1)
         first_y += tl.sum(tl.where(linear & (i >= 8), moments, 0.0), 1)
-        out_rows = (first_row + n * scales + s) * 2
+        out_rows = (batch_head_row + n * scales + s) * 2
         tl.store(grad_precision + out_rows, -second_x, mask=in_range)
         tl.store(grad_precision + out_rows + 1, -second_y, mask=in_range)
         tl.store(grad_center + out_rows, 2.0 * p_x * first_x, mask=in_range)
@@ -293,14 +300,14 @@ def query_major_kernel(
 
 @triton.jit
 def blocks_that_see(plan, queries, s, scales, tile_x, tile_y, PLAN_N: tl.constexpr):
-    """Which of a plan's first 30 blocks of queries look at a tile: as the bits of an int32, and how many."""
+    """Find which of a plan's first 30 blocks of queries look at a tile: as the bits of an int32, and how many."""
     block = tl.arange(0, 32)
     exists = block < tl.minimum(tl.cdiv(queries, PLAN_N), 30)
     at = plan + queries + (block * scales + s) * 4
     sees = (tl.load(at, mask=exists, other=0) <= tile_x) & (tile_x < tl.load(at + 2, mask=exists, other=0))
     sees &= (tl.load(at + 1, mask=exists, other=0) <= tile_y) & (tile_y < tl.load(at + 3, mask=exists, other=0))
     sees = sees.to(tl.int32)
-    return tl.sum(sees << block, 0), uniform_count(tl.sum(sees, 0))
+    return tl.sum(sees << block, 0), warp_any_5_bits(tl.sum(sees, 0))
 
 
 @triton.jit
@@ -350,7 +357,7 @@ def key_major_kernel(
     batch_head = tl.program_id(0) // tiles_per_head
     b = (batch_head // heads).to(tl.int64)
     h = (batch_head % heads).to(tl.int64)
-    never = queries < 0
+    always_false = queries < 0
 
     # The tile that this program owns: its scale, that scale's first key, and its place in the grid.
     tile = tl.program_id(0) % tiles_per_head
@@ -393,14 +400,15 @@ def key_major_kernel(
     if DIRECT_ONLY == 0:
         narrowest = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, rows, BLOCK_N):
-            at = terms_of(terms, start, BLOCK_N) + 2 * PADDED
-            narrowest = tl.maximum(narrowest, tl.maximum(tl.load(at), tl.load(at + PADDED)))
-        direct = uniform((tl.max(narrowest, 0) > precision_limit).to(tl.int32))
+            at = terms_of(terms, start, BLOCK_N)
+            of_rows = tl.maximum(tl.load(at + PRECISION_X * PADDED), tl.load(at + PRECISION_Y * PADDED))
+            narrowest = tl.maximum(narrowest, of_rows)
+        direct = warp_any((tl.max(narrowest, 0) > precision_limit).to(tl.int32))
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for DIRECT in tl.static_range(DIRECT_ONLY, 2):
-        features = mark_ignored(tile_features(TILE_H, TILE_W, grad_key, never), ignored)
+        features = mark_ignored(tile_features(TILE_H, TILE_W, grad_key, always_false), ignored)
         # A tile outside the image has no work, only zeros to write.
         has_work = (tile_x < valid_width) & (tile_y < valid_height) & (direct == DIRECT)
         if plan is None:
@@ -419,17 +427,17 @@ def key_major_kernel(
             n += tl.arange(0, BLOCK_DIRECT if DIRECT else BLOCK_N)
             q = load_rows(ordered_query, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
             do = load_rows(weighted_grads, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
-            c_x = tl.load(of_block)
-            c_y = tl.load(of_block + 1 * PADDED)
-            p_x = tl.load(of_block + 2 * PADDED)
-            p_y = tl.load(of_block + 3 * PADDED)
+            c_x = tl.load(of_block + CENTER_X * PADDED)
+            c_y = tl.load(of_block + CENTER_Y * PADDED)
+            p_x = tl.load(of_block + PRECISION_X * PADDED)
+            p_y = tl.load(of_block + PRECISION_Y * PADDED)
             d_x = from_nearest_cell(c_x, valid_width)
             d_y = from_nearest_cell(c_y, valid_height)
-            log_sum = tl.load(of_block + 4 * PADDED)
-            delta = tl.load(of_block + 5 * PADDED)
+            log_sum = tl.load(of_block + LOG_SUM * PADDED)
+            delta = tl.load(of_block + DELTA * PADDED)
             r_x = p_x * (0.0 if DIRECT else inverse_scale)
             r_y = p_y * (0.0 if DIRECT else inverse_scale)
-            coefficients = fixed_coefficients(r_x, r_y, grad_key, never)
+            coefficients = fixed_coefficients(r_x, r_y, grad_key, always_false)
             if not DIRECT:
                 e_x = c_x - middle_x
                 e_y = c_y - middle_y

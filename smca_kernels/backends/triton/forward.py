@@ -22,7 +22,6 @@ import triton.language as tl
 from smca_kernels.backends.triton.tiles import (
     LN2,
     LOG2E,
-    afresh,
     base_of_tile,
     direct_prior,
     dot,
@@ -35,13 +34,14 @@ from smca_kernels.backends.triton.tiles import (
     keeps,
     load_rows,
     mark_ignored,
+    opaque,
     queries_of_block,
     store_rows,
     tile_coefficients,
     tile_coordinates,
     tile_features,
-    uniform,
     valid_part,
+    warp_any,
     window_of_block,
 )
 
@@ -62,7 +62,7 @@ def merge(
     heads, weight_heads, queries, scales, plan_size,
     UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What forward_kernel has to store for a block of queries, of what its splits have left."""
+    """Merge the partial results of a block's splits, in their order, and store what one program would have stored."""
     blocks = tl.cdiv(queries, BLOCK_N)
     batch_head = (program // blocks).to(tl.int64)
     b = batch_head // heads
@@ -92,8 +92,8 @@ def merge(
         store_rows(scale_outputs, row, HEAD_DIM, scale_output, in_range, HEAD_DIM, BLOCK_D)
         tl.store(lse + row, tl.where(empty, 0.0, largest + tl.log(mass)), mask=in_range)
         if scale_weights is not None:
-            of_weights = (b * weight_heads + h % weight_heads) * queries + n
-            scale_output *= tl.load(scale_weights + of_weights * scales + s)[:, None]
+            weight_row = (b * weight_heads + h % weight_heads) * queries + n
+            scale_output *= tl.load(scale_weights + weight_row * scales + s)[:, None]
         total += scale_output
     store_rows(out + (b * o_b + h * o_h) * UNIT, n, o_n * UNIT, total, in_range, HEAD_DIM, BLOCK_D)
 
@@ -135,11 +135,11 @@ def forward_kernel(
     b = (batch_head // heads).to(tl.int64)
     h = (batch_head % heads).to(tl.int64)
     block = tl.program_id(0) % blocks
-    of_head = plan
+    head_plan = plan
     if plan is not None:
-        of_head += batch_head.to(tl.int64) * plan_size
-    n, in_range = queries_of_block(of_head, block, queries, BLOCK_N)
-    never = queries < 0
+        head_plan += batch_head.to(tl.int64) * plan_size
+    n, in_range = queries_of_block(head_plan, block, queries, BLOCK_N)
+    always_false = queries < 0
 
     key += (b * k_b + h * k_h) * UNIT
     value += (b * v_b + h * v_h) * UNIT
@@ -148,14 +148,14 @@ def forward_kernel(
     weights = scale_weights
     if scale_weights is not None:
         weights += (b * weight_heads + h % weight_heads) * queries * scales
-    first_row = batch_head.to(tl.int64) * queries * scales
-    outputs = scale_outputs + first_row * HEAD_DIM
-    log_sums = lse + first_row
+    batch_head_row = batch_head.to(tl.int64) * queries * scales
+    outputs = scale_outputs + batch_head_row * HEAD_DIM
+    log_sums = lse + batch_head_row
     if partial_outputs is not None:
         split = tl.program_id(1)
         rows = (tl.num_programs(0) // blocks).to(tl.int64) * queries * scales
-        outputs = partial_outputs + (split * rows + first_row) * HEAD_DIM
-        log_sums = partial_lse + split * rows + first_row
+        outputs = partial_outputs + (split * rows + batch_head_row) * HEAD_DIM
+        log_sums = partial_lse + split * rows + batch_head_row
     column, row = tile_coordinates(TILE_H, TILE_W)
     if seed is not None:
         row_key = dropout_row_key(tl.load(seed), batch_head, n)
@@ -170,8 +170,8 @@ def forward_kernel(
         p_y = tl.load(precision + (n * scales + s) * 2 + 1)
         d_x = from_nearest_cell(c_x, valid_width)
         d_y = from_nearest_cell(c_y, valid_height)
-        direct = uniform((tl.max(tl.maximum(p_x, p_y), 0) > precision_limit).to(tl.int32))
-        x0, y0, x1, y1 = window_of_block(of_head, queries, block, s, scales, valid_height, valid_width)
+        direct = warp_any((tl.max(tl.maximum(p_x, p_y), 0) > precision_limit).to(tl.int32))
+        x0, y0, x1, y1 = window_of_block(head_plan, queries, block, s, scales, valid_height, valid_width)
         tiles = tl.cdiv(y1 - y0, TILE_H) * tl.cdiv(x1 - x0, TILE_W)
         first_x = x0
         first_y = y0
@@ -190,8 +190,8 @@ def forward_kernel(
             # On the direct path the product carries only the keys that do not count.
             r_x = p_x * (0.0 if DIRECT else inverse_scale)
             r_y = p_y * (0.0 if DIRECT else inverse_scale)
-            fixed = fixed_coefficients(r_x, r_y, out, never)
-            features = tile_features(TILE_H, TILE_W, out, never)
+            fixed = fixed_coefficients(r_x, r_y, out, always_false)
+            features = tile_features(TILE_H, TILE_W, out, always_false)
             tile_x = first_x
             tile_y = first_y
             for _ in range(tl.where(direct == DIRECT, tiles, 0) if DIRECT_ONLY == 0 else tiles):
@@ -228,7 +228,7 @@ def forward_kernel(
                     rescale = tl.exp2(m - m_new)[:, None]
                 m = m_new
                 p = p.to(v.dtype)
-                sums = dot(p, tl.full([KEYS, 8], 1.0, v.dtype), sums * rescale, PRECISION)
+                sums = dot(p, tl.full([KEYS, 8], 1.0, tl.float32).to(v.dtype), sums * rescale, PRECISION)
                 if seed is not None:
                     kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                     p = tl.where(kept, p, 0.0).to(v.dtype)
@@ -263,7 +263,7 @@ def forward_kernel(
     else:
         if tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") == tl.num_programs(1) - 1:
             merge(
-                afresh(tl.program_id(0)), plan, partial_outputs, partial_lse, scale_weights, scale_outputs, lse,
+                opaque(tl.program_id(0)), plan, partial_outputs, partial_lse, scale_weights, scale_outputs, lse,
                 out, o_b, o_h, o_n, heads, weight_heads, queries, scales, plan_size,
                 UNIT, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which keys a query's prior lets it see, in PyTorch: the twin of kernels/windows.py. The proof is in docs/locality.md.
+"""Keys that a query's prior lets it see, in PyTorch: the twin of windows.py. The proof is in docs/locality.md.
 
 A query's window is a rectangle of each scale's grid outside of which all keys together hold at most `mass_tolerance` of
 its softmax. Queries are put in an order in which neighbours look at the same place; a block of them has one window.
@@ -12,14 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.reference import SpatialShapes, cell_coordinates, ignored_keys
+from smca_kernels.backends.reference import cell_coordinates, ignored_keys
+from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 # As the kernels have them for half precision and heads of 32 channels on an H100.
 BLOCK, TILE = 64, (8, 16)
 
 
 class Plan(NamedTuple):
-    """What to compute.
+    """Elements to compute.
 
     Attributes:
         order: [B, H, N] int64, the queries in the order in which blocks take them.
@@ -33,14 +34,14 @@ class Plan(NamedTuple):
     block: int
 
     def computed(self) -> Tensor:
-        """Pairs of a query and a key that are computed, [B, H, S] float64."""
+        """Count the pairs of a query and a key that are computed, [B, H, S] float64."""
         widths, heights = (self.windows[..., 2:] - self.windows[..., :2]).double().unbind(-1)
         queries = self.order.shape[2]
         sizes = [min(self.block, queries - start) for start in range(0, queries, self.block)]
         return torch.einsum("bhns,n->bhs", widths * heights, torch.tensor(sizes).to(widths))
 
     def seen(self, spatial_shapes: SpatialShapes) -> list[Tensor]:
-        """Of each scale, the keys that are computed for each query: bool [B, H, N, height · width]."""
+        """Mark the keys of each scale that are computed for each query: bool [B, H, N, height · width]."""
         blocks = torch.arange(self.order.shape[2], device=self.order.device) // self.block
         of_query = torch.empty_like(self.order).scatter_(2, self.order, blocks.expand(self.order.shape))
         masks = []
@@ -51,39 +52,33 @@ class Plan(NamedTuple):
         return masks
 
 
-def plan(
-    query: Tensor,  # [B, H, N, D]
-    key: Tensor,  # [B, H, T, D]
-    center: Tensor,  # [B, H or 1, N, S, 2]
-    precision: Tensor,  # [B, H or 1, N, S, 2]
-    spatial_shapes: SpatialShapes,
-    valid_shapes: Tensor | None = None,  # [B, S, 2]
-    key_padding_mask: Tensor | None = None,  # [B, T]
-    *,
-    scale: float,
-    mass_tolerance: float,
-    block: int = BLOCK,
-    tile: tuple[int, int] = TILE,  # (height, width) in cells that windows are multiples of
-) -> Plan:
-    """What the kernels compute of `smca_attention`'s arguments, which are as there; in float32, or in center's float64.
+def plan(inputs: AttentionInputs, block: int = BLOCK, tile: tuple[int, int] = TILE) -> Plan:
+    """Plan what the kernels compute of some inputs; in float32, or in center's float64.
 
-    A window also ends at the image's edge (valid_shapes). mass_tolerance is in (0, 1).
+    A window also ends at the image's edge (valid_shapes).
+
+    Args:
+        inputs: with a mass_tolerance in (0, 1).
+        block: queries of a block.
+        tile: (height, width) in cells that windows are multiples of.
     """
-    dtype = torch.promote_types(center.dtype, torch.float32)
-    query, key, center, precision = (tensor.detach().to(dtype) for tensor in (query, key, center, precision))
-    shape = (*query.shape[:3], len(spatial_shapes), 2)
+    dtype = torch.promote_types(inputs.center.dtype, torch.float32)
+    tensors = inputs.query, inputs.key, inputs.center, inputs.precision
+    query, key, center, precision = (tensor.detach().to(dtype) for tensor in tensors)
+    shapes, valid_shapes = inputs.spatial_shapes, inputs.valid_shapes
+    shape = (*query.shape[:3], len(shapes), 2)
     center, precision = center.expand(shape), precision.expand(shape)
-    order = order_of(center, spatial_shapes, block)
-    padding = ignored_keys(spatial_shapes, valid_shapes, key_padding_mask)
-    sizes = [height * width for height, width in spatial_shapes]
+    order = order_of(center, shapes, block)
+    padding = ignored_keys(shapes, valid_shapes, inputs.key_padding_mask)
+    keys = key.split(inputs.keys_per_scale(), 2)
     windows = []
-    for s, (height, width) in enumerate(spatial_shapes):
+    for s, (height, width) in enumerate(shapes):
         size = torch.tensor([width, height], device=center.device).expand(query.shape[0], 2)
         if valid_shapes is not None:
             size = torch.minimum(valid_shapes[:, s].flip(-1).clamp(min=0), size)
         edges = query_windows(
-            query, key.split(sizes, 2)[s], center[..., s, :], precision[..., s, :], (height, width), size,
-            padding[s], scale, mass_tolerance,
+            query, keys[s], center[..., s, :], precision[..., s, :], (height, width), size,
+            padding[s], inputs.scale, inputs.mass_tolerance,
         )  # fmt: skip
         windows.append(block_windows(edges, order, size, block, tile))
     return Plan(order, torch.stack(windows, 3), block)
@@ -181,7 +176,7 @@ def reach(
     distance: Tensor,  # [..., 2], of the centre from the nearest cell
     t: Tensor,  # [...]
 ) -> tuple[Tensor, Tensor]:
-    """How far before and behind the nearest cell, along each axis, g = p ((x - c)² - d²) ≤ t may hold: two [..., 2]."""
+    """Distances before and behind the nearest cell within which g = p ((x - c)² - d²) ≤ t may hold: two [..., 2]."""
     ratio = t[..., None] / precision.clamp(min=1e-20)
     far = (distance.square() + ratio).sqrt() + distance.abs()
     # √(d² + t/p) - |d|, which would cancel for a centre far outside.

@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smca_kernels.backends.reference import SpatialShapes
 from smca_kernels.backends.triton.launch import device_of, last_axis_contiguous, packed_grids
 from smca_kernels.backends.triton.operator import DTYPES
 from smca_kernels.backends.triton.tiles import INTERPRETED, grid_of_scale
+from smca_kernels.inputs import SpatialShapes, shapes_of_sides
 
 # Nothing that changes with the sizes of a batch may start a compilation. What a module is made with may.
 UNSPECIALIZED = [
@@ -227,10 +227,13 @@ def launch(kernel: Any, inputs: Sequence[Any], others: Sequence[Tensor | None]) 
     batch, queries, _ = raw[0].shape
     axes = 0 if raw[2] is None else raw[2].shape[2] // (len(strides) * heads)
     compile_time = constants(axes, strides, factors, floor, heads)
+    # The backward sums products over lanes. Fused, each lane would add its own product unrounded to the rounded ones of
+    # others: the lanes' sums would differ in the last bit, and which of them is stored would be left to chance.
+    is_fused = kernel is prior_kernel
     with device_of(raw[0]):
         kernel[(-(-batch * queries // compile_time["BLOCK_N"]),)](
-            *raw, *sizes, *others, *outer, batch * queries, queries, *packed_grids(spatial_shapes),
-            **compile_time, enable_fp_fusion=True,
+            *raw, *sizes, *others, *outer, batch * queries, queries, *packed_grids(shapes_of_sides(spatial_shapes)),
+            **compile_time, enable_fp_fusion=is_fused,
         )  # fmt: skip
 
 

@@ -93,8 +93,8 @@ def window_of_block(plan, queries, block, s, scales, valid_height, valid_width):
 
 
 @triton.jit
-def uniform(flag):
-    """Whether an int32 alike in all threads isn't 0, in a form that is known to be alike: loops on it stay scalar."""
+def warp_any(flag):
+    """Whether an int32 that all threads agree on isn't 0, as a warp vote: the compiler sees that it is uniform."""
     if INTERPRETED:
         return (flag != 0).to(tl.int32)
     return tl.inline_asm_elementwise(
@@ -104,19 +104,19 @@ def uniform(flag):
 
 
 @triton.jit
-def afresh(number):
-    """An int32 as the compiler does not know it: what follows from it is computed again, not kept through the loops."""
+def opaque(number):
+    """Hide an int32's origin from the compiler: what depends on it is computed again, not kept through the loops."""
     if INTERPRETED:
         return number
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def uniform_count(count):
-    """As `uniform`, of a number below 32: bit by bit."""
+def warp_any_5_bits(count):
+    """A number below 32 that all threads agree on, made uniform bit by bit with `warp_any`."""
     result = 0
     for bit in tl.static_range(5):
-        result += uniform(count & (1 << bit)) << bit
+        result += warp_any(count & (1 << bit)) << bit
     return result
 
 
@@ -145,7 +145,7 @@ def upper_half(x):
 
 @triton.jit
 def as_bfloat16(x):
-    """x truncated to bfloat16: one byte permutation for two values, where a conversion would round."""
+    """Truncate x to bfloat16: one byte permutation for two values, where a conversion would round."""
     if INTERPRETED:
         return upper_half(x).to(tl.bfloat16)
     return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -161,18 +161,18 @@ def split_term(x, term):
 
 
 @triton.jit
-def rank16(values, pointer, never):
-    """`values` [ROWS, 16], laid out so that a thread owns eight neighbouring columns.
+def force_row_layout(values, pointer, always_false):
+    """Lay out `values` [ROWS, 16] so that a thread owns eight neighbouring columns.
 
-    Triton gives a tensor the layout of the load that it comes from. This load reads nothing (`never` is false at run
-    time): it makes every column's formula a compile-time choice, and stores to shared memory 16 bytes wide.
+    Triton gives a tensor the layout of the load that it comes from. This load reads nothing, as its mask is never
+    true: it makes every column's formula a compile-time choice, and stores to shared memory 16 bytes wide.
     """
     if INTERPRETED:
         return values
     row = tl.arange(0, values.shape[0])
     column = tl.arange(0, 16)
     at = pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True) + row[:, None] * 16 + column[None, :]
-    return tl.load(at, mask=never, other=values)
+    return tl.load(at, mask=always_false, other=values)
 
 
 @triton.jit
@@ -188,13 +188,13 @@ def from_middle(cell, SIDE: tl.constexpr):
 
 
 @triton.jit
-def tile_features(TILE_H: tl.constexpr, TILE_W: tl.constexpr, pointer, never):
+def tile_features(TILE_H: tl.constexpr, TILE_W: tl.constexpr, pointer, always_false):
     """Features [TILE_H · TILE_W, 16] of a tile's keys, with the last column still 0."""
     column, row = tile_coordinates(TILE_H, TILE_W)
     i = tl.arange(0, 16)[None, :]
     w = tl.where(i < 8, from_middle(column, TILE_W)[:, None], from_middle(row, TILE_H)[:, None])
     features = tl.where(i % 8 < 3, w * w, tl.where(i % 8 < 6, w, tl.where(i == 15, 0.0, 1.0)))
-    return rank16(features.to(tl.bfloat16), pointer, never)
+    return force_row_layout(features.to(tl.bfloat16), pointer, always_false)
 
 
 @triton.jit
@@ -205,12 +205,12 @@ def mark_ignored(features, ignored):
 
 
 @triton.jit
-def fixed_coefficients(p_x, p_y, pointer, never):
+def fixed_coefficients(p_x, p_y, pointer, always_false):
     """The coefficients that no tile changes, [ROWS, 16]: those of u², v² and of ignored keys."""
     i = tl.arange(0, 16)[None, :]
     p = tl.where(i < 8, p_x[:, None], p_y[:, None])
     coefficients = tl.where(i % 8 < 3, split_term(-p, i % 8), tl.where(i == 15, -MASKED, 0.0))
-    return rank16(as_bfloat16(coefficients), pointer, never)
+    return force_row_layout(as_bfloat16(coefficients), pointer, always_false)
 
 
 @triton.jit

@@ -34,11 +34,11 @@ UNSPECIALIZED = [
 
 
 @triton.jit
-def largest_norm_of_patch(
+def max_norm_of_patch(
     key, precision, patch, valid_shapes, b, key_padding_mask, queries, keys, scales, log_tolerance, stride,
     g0, g1, g2, g3, g4, g5, g6, g7, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of the keys that count; infinite if one of them is not a number, or where no prior is narrow enough to matter.
+    """Largest norm of a patch's keys that count; infinite if one is NaN, or where no prior is narrow enough to matter.
 
     `patch` counts through all scales.
     """
@@ -93,7 +93,7 @@ def norm_of_cells(
 
 @triton.jit
 def place_in_strips(x, y, n, lowest, highest, width, strips):
-    """What to sort queries n < 2048 by, an int32 of its own for each: strip, place in it, number.
+    """Sort keys of queries n < 2048, a distinct int32 for each: strip, place in it, number.
 
     Strips are rows between `lowest` and `highest`; every other one runs from right to left.
     """
@@ -168,7 +168,7 @@ def survey_kernel(
     b = (batch_head // heads).to(tl.int64)
     h = (batch_head % heads).to(tl.int64)
     if i < patches_per_head:
-        norm = largest_norm_of_patch(
+        norm = max_norm_of_patch(
             key + (b * k_b + h * k_h) * UNIT,
             precision + (b * precision_heads + h % precision_heads) * queries * scales * 2,
             i, valid_shapes, b, key_padding_mask, queries, keys, scales, log_tolerance, k_t * UNIT,
@@ -186,7 +186,7 @@ def survey_kernel(
 
 @triton.jit
 def reach(p, d, t):
-    """How far from the nearest cell, to the left and to the right, g = p ((x - c)² - d²) ≤ t may hold."""
+    """Distances to the left and right of the nearest cell within which g = p ((x - c)² - d²) ≤ t may hold."""
     beyond = tl.sqrt(d * d + t / tl.maximum(p, 1e-20))
     far = beyond + tl.abs(d)
     # beyond - |d|, which would cancel for a centre far outside.

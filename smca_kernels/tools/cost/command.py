@@ -46,6 +46,12 @@ def _parse_head_dim(text: str) -> int:
     return int(text)
 
 
+def _parse_trips(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `smca cost`."""
     parser.add_argument(
@@ -65,7 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list the instructions that wait for at least so many cycles per trip (default: 12), and for what",
     )  # fmt: skip
     parser.add_argument(
-        "--trips", nargs="+", type=int, metavar="N", help="cycles of a program with so many trips over tiles per scale"
+        "--trips",
+        nargs="+",
+        type=_parse_trips,
+        metavar="N",
+        help="cycles of a program with so many trips over tiles per scale",
     )
     parser.add_argument("--plain", action="store_true", help="add flash attention without a prior, built the same way")
     parser.add_argument("--check", action="store_true", help="compare the model with published measurements, and end")

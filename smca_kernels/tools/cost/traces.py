@@ -106,7 +106,7 @@ class _Walk:
         raise ValueError(f"no path to the kernel's exit in {MAX_STEPS} instructions")
 
     def enter(self, header: int) -> None:
-        """Count a trip; a new scale starts the loop over tiles afresh."""
+        """Count a trip; a new scale starts the loop over tiles again."""
         self.visits[header] += 1
         if header == self.scales:
             self.scale += 1

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from smca_kernels import smca_attention
 from smca_kernels.backends import reference
+from smca_kernels.backends.sdpa import backward, forward
 from smca_kernels.backends.sdpa import columns as sdpa_columns
-from smca_kernels.backends.sdpa import operator as sdpa
+from smca_kernels.inputs import AttentionInputs
 from smca_kernels.profiling.measure import saved_bytes
-from smca_kernels.testing import parity
-from smca_kernels.testing.parity import CASES, Case, Inputs, make_inputs
+from smca_kernels.testing.cases import CASES, PRIORS, Case, CaseInputs, make_inputs
+from smca_kernels.testing.check import TENSORS, attend, check, run_backend, run_reference
 
 SHAPES = ((9, 17), (5, 8))
 SMALL_CASES = [case for case in CASES if not case.large]
@@ -31,18 +32,29 @@ def names(cases: list[Case]) -> list[str]:
     return [case.name for case in cases]
 
 
+def set_dense_limit(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "MAX_DENSE_SCORES", scores)
+
+
+def set_block_scores(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "CPU_BLOCK", scores // torch.get_num_threads())
+    monkeypatch.setattr(backward, "DEVICE_BLOCK", scores)
+
+
 @pytest.fixture
 def always_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small cases, too, through widened queries and keys."""
-    monkeypatch.setattr(sdpa, "DENSE_LIMIT", 0)
+    set_dense_limit(monkeypatch, 0)
 
 
-def run(inputs: Inputs) -> Tensor:
-    return parity.attend(inputs, "sdpa")
+def run(inputs: CaseInputs) -> Tensor:
+    return attend(inputs, "sdpa")
 
 
-def results(inputs: Inputs) -> list[Tensor]:
-    return list(parity.run_backend(inputs, "sdpa").values())
+def results(inputs: CaseInputs) -> list[Tensor]:
+    return list(run_backend(inputs, "sdpa").values())
 
 
 # --- error budgets ---
@@ -50,7 +62,7 @@ def results(inputs: Inputs) -> list[Tensor]:
 
 def assert_passes(case: Case, generator: torch.Generator, device: torch.device) -> None:
     inputs = make_inputs(case, generator, device)
-    over = [str(c) for c in parity.check(inputs, "sdpa") if not c.ratio <= 1.0]
+    over = [str(c) for c in check(inputs, "sdpa") if not c.ratio <= 1.0]
     assert not over, "\n".join(over)
 
 
@@ -76,11 +88,11 @@ def test_results_by_widened_columns_are_within_their_budgets(
 def test_results_by_columns_in_half_precision_are_within_their_budgets(
     case: Case, dtype: str, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdpa, "_forward_dtype", lambda query, shapes: query.dtype)
+    monkeypatch.setattr(forward, "sdpa_dtype", lambda query, shapes: query.dtype)
     assert_passes(dataclasses.replace(case, dtype=dtype), generator, device)
 
 
-@pytest.mark.parametrize("prior", parity.PRIORS)
+@pytest.mark.parametrize("prior", PRIORS)
 def test_a_large_grid_is_within_its_budgets(prior: str, generator: torch.Generator, device: torch.device) -> None:
     case = Case("large grid", ((100, 134),), batch=1, heads=1, queries=64, head_dim=16, prior=prior)
     assert_passes(case, generator, device)
@@ -91,7 +103,7 @@ def test_a_large_grid_is_within_its_budgets(prior: str, generator: torch.Generat
 def test_float64_is_computed_in_float64(mask: str, generator: torch.Generator, device: torch.device) -> None:
     case = Case("float64", SHAPES, dtype="float64", prior_dtype="float64", mask=mask)
     inputs = make_inputs(case, generator, device)
-    for ours, exact in zip(results(inputs), parity.run_reference(inputs).values(), strict=True):
+    for ours, exact in zip(results(inputs), run_reference(inputs).values(), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10 * exact.abs().max().item())
 
 
@@ -101,8 +113,7 @@ def test_several_blocks_give_what_one_gives(
     inputs = make_inputs(Case("blocks", SHAPES, heads=3, queries=33, mask="valid_shapes"), generator, device)
     at_once = results(inputs)
     for limit in (4 * 9 * 17, 2 * 33 * 9 * 17):  # parts of one head, two heads of six
-        for name in ("CPU_BLOCK", "DEVICE_BLOCK"):
-            monkeypatch.setattr(sdpa, name, limit // torch.get_num_threads() if name == "CPU_BLOCK" else limit)
+        set_block_scores(monkeypatch, limit)
         for ours, expected in zip(results(inputs), at_once, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
@@ -113,12 +124,12 @@ def test_center_and_precision_may_have_different_heads(generator: torch.Generato
     for name in ("center", "precision"):
         shared = getattr(inputs, name)[:, :1].detach().requires_grad_()
         mixed = dataclasses.replace(inputs, **{name: shared})
-        assert all(c.ratio <= 1.0 for c in parity.check(mixed, "sdpa"))
+        assert all(c.ratio <= 1.0 for c in check(mixed, "sdpa"))
 
 
 def test_only_some_inputs_may_want_a_gradient(generator: torch.Generator, device: torch.device) -> None:
     inputs = make_inputs(Case("some", SHAPES), generator, device)
-    gradients = parity.run_backend(inputs, "sdpa")
+    gradients = run_backend(inputs, "sdpa")
     for name in ("value", "center"):
         alone = {n: t.detach() for n, t in inputs.differentiable().items()}
         alone[name].requires_grad_()
@@ -131,7 +142,7 @@ def test_only_some_inputs_may_want_a_gradient(generator: torch.Generator, device
 def test_an_expanded_gradient_is_taken(generator: torch.Generator, device: torch.device) -> None:
     inputs = make_inputs(Case("sum", SHAPES), generator, device)
     inputs = dataclasses.replace(inputs, grad_output=torch.ones((), device=device).expand(inputs.query.shape))
-    assert all(c.ratio <= 1.0 for c in parity.check(inputs, "sdpa"))
+    assert all(c.ratio <= 1.0 for c in check(inputs, "sdpa"))
 
 
 @pytest.mark.usefixtures("always_widened")
@@ -153,7 +164,7 @@ def test_ignored_keys_have_no_weight_at_all(mask: str, generator: torch.Generato
         for name in ("key", "value")
     }
     clean, dirty = results(inputs), results(dataclasses.replace(inputs, **garbage))
-    for name, ours, expected in zip(parity.TENSORS, dirty, clean, strict=True):
+    for name, ours, expected in zip(TENSORS, dirty, clean, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item(), msg=name)
     for gradient in dirty[2:4]:  # of key and value
         assert not gradient.masked_select(ignored[:, None, :, None]).any()
@@ -164,7 +175,7 @@ def test_an_image_without_valid_keys_gives_zeros_and_no_gradient(
     widened: bool, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if widened:
-        monkeypatch.setattr(sdpa, "DENSE_LIMIT", 0)
+        set_dense_limit(monkeypatch, 0)
     inputs = make_inputs(Case("empty", SHAPES, batch=2), generator, device)
     valid = torch.tensor([[[9, 17], [5, 8]], [[0, 3], [2, 0]]], device=device)
     for result in results(dataclasses.replace(inputs, valid_shapes=valid)):
@@ -209,7 +220,7 @@ def column_logits(center: Tensor, precision: Tensor, shape: tuple[int, int], dty
 @pytest.mark.parametrize(
     ("dtype", "limit"), [(torch.float32, 4e-6), (torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]
 )
-@pytest.mark.parametrize("prior", parity.PRIORS)
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (13, 21), (50, 84), (100, 134)])
 def test_columns_give_the_prior_to_the_precision_of_the_dtype(
     shape: tuple[int, int],
@@ -220,7 +231,7 @@ def test_columns_give_the_prior_to_the_precision_of_the_dtype(
     device: torch.device,
 ) -> None:
     size = torch.tensor([shape[1], shape[0]], dtype=torch.float32)
-    center, precision = (t.to(device) for t in parity.PRIORS[prior]((200, 2), size, generator))
+    center, precision = (t.to(device) for t in PRIORS[prior]((200, 2), size, generator))
     actual = column_logits(center, precision, shape, dtype).double().softmax(-1)
     exact = reference.log_prior(center.double(), precision.double(), *shape).softmax(-1)
     assert (actual - exact).abs().sum(-1).max() < limit
@@ -252,20 +263,20 @@ def test_half_precision_features_are_exact_to_the_largest_grid(device: torch.dev
 
 def test_grids_too_large_for_half_precision_coordinates_use_float32() -> None:
     query = torch.empty(1, dtype=torch.float16, device="meta")
-    assert sdpa._forward_dtype(query, ((511, 2),)) == torch.float16
-    assert sdpa._forward_dtype(query, ((2, 512),)) == torch.float32
+    assert forward.sdpa_dtype(query, ((511, 2),)) == torch.float16
+    assert forward.sdpa_dtype(query, ((2, 512),)) == torch.float32
 
 
 def test_probabilities_are_never_subnormal_on_a_cpu() -> None:
     keys, heads = 4200, 8
-    q, grad = torch.zeros(heads, 1, 16), torch.zeros(heads, 1, 16)
-    k, v = torch.zeros(heads, keys, 16), torch.zeros(heads, keys, 16)
-    room = torch.empty(3, heads, 1, keys)
-    room[0] = torch.linspace(0.0, 300.0, keys)  # -logG
-    assert room[0].numel() > sdpa.DENSE_LIMIT
-    sums = sdpa._Sums(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.empty(0))
-    sums.add(room, q, k, v, grad, None, None, (slice(0, heads), slice(0, 1), slice(0, keys), 0))
-    assert (room[0] >= torch.finfo(torch.float32).smallest_normal).all()
+    query, key, prior = torch.zeros(1, heads, 1, 16), torch.zeros(1, heads, keys, 16), torch.zeros(1, 1, 1, 1, 2)
+    inputs = AttentionInputs(query, key, key, prior, prior, None, None, None, ((1, keys),), 0.0, 1.0, 0.0)
+    workspace = torch.empty(3, heads, 1, keys)
+    workspace[0] = torch.linspace(0.0, 300.0, keys)  # -logG
+    assert workspace[0].numel() > backward.MAX_DENSE_SCORES
+    gradients = backward.GradientAccumulator(torch.zeros_like(query), inputs)
+    gradients.add(workspace, (slice(0, heads), slice(0, 1), slice(0, keys), 0))
+    assert (workspace[0] >= torch.finfo(torch.float32).smallest_normal).all()
 
 
 # --- memory ---
@@ -300,8 +311,7 @@ def test_no_tensor_of_queries_times_keys_is_made(
     generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = 2**14
-    monkeypatch.setattr(sdpa, "CPU_BLOCK", block // torch.get_num_threads())
-    monkeypatch.setattr(sdpa, "DEVICE_BLOCK", block)
+    set_block_scores(monkeypatch, block)
     largest = []
     for side in (16, 32):
         case = Case("large", ((side, side),), batch=1, heads=1, queries=512, head_dim=16, mask="valid_shapes")
@@ -323,17 +333,15 @@ def test_the_same_inputs_give_the_same_bits(generator: torch.Generator, device: 
 
 
 @pytest.fixture
-def inputs(generator: torch.Generator, device: torch.device) -> Inputs:
+def inputs(generator: torch.Generator, device: torch.device) -> CaseInputs:
     return make_inputs(Case("small", SHAPES, mask="valid_shapes"), generator, device)
 
 
-def operator_arguments(inputs: Inputs, grad_output: Tensor | None = None) -> tuple[Any, ...]:
-    tensors = [tensor if grad_output is None else tensor.detach() for tensor in inputs.differentiable().values()]
-    first = () if grad_output is None else (grad_output,)
-    return *first, *tensors, inputs.valid_shapes, inputs.key_padding_mask, [9, 17, 5, 8], 0.25
+def operator_arguments(inputs: CaseInputs, grad_output: Tensor | None = None) -> tuple[Any, ...]:
+    return inputs.flat() if grad_output is None else (grad_output, *inputs.detached().flat())
 
 
-def test_the_operators_pass_opcheck(inputs: Inputs) -> None:
+def test_the_operators_pass_opcheck(inputs: CaseInputs) -> None:
     operators = torch.ops.smca_kernels
     torch.library.opcheck(operators.sdpa_forward.default, operator_arguments(inputs))
     torch.library.opcheck(operators.sdpa_backward.default, operator_arguments(inputs, inputs.grad_output))
@@ -341,11 +349,8 @@ def test_the_operators_pass_opcheck(inputs: Inputs) -> None:
 
 def test_opcheck_passes_without_scale_weights(generator: torch.Generator, device: torch.device) -> None:
     inputs = make_inputs(Case("small", SHAPES, scale_weights=False, prior_heads=1), generator, device)
-    tensors = list(inputs.differentiable().values())
-    arguments = (*tensors, None, None, None, [9, 17, 5, 8], 0.25)
-    torch.library.opcheck(torch.ops.smca_kernels.sdpa_forward.default, arguments)
-    detached = [tensor.detach() for tensor in tensors]
-    arguments = (inputs.grad_output, *detached, None, None, None, [9, 17, 5, 8], 0.25)
+    torch.library.opcheck(torch.ops.smca_kernels.sdpa_forward.default, operator_arguments(inputs))
+    arguments = operator_arguments(inputs, inputs.grad_output)
     torch.library.opcheck(torch.ops.smca_kernels.sdpa_backward.default, arguments)
 
 
@@ -353,18 +358,20 @@ def test_opcheck_passes_without_scale_weights(generator: torch.Generator, device
 def test_the_operators_return_the_layout_that_compilers_were_promised(
     dense_limit: int, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdpa, "DENSE_LIMIT", dense_limit)
+    set_dense_limit(monkeypatch, dense_limit)
     inputs = make_inputs(Case("small", SHAPES, batch=1, heads=2), generator, device)
     # As projections leave them: heads inside of the sequence.
-    tensors = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in inputs.differentiable().values()]
-    arguments = (*tensors, None, None, [9, 17, 5, 8], 0.25)
+    tensors = {
+        name: t.detach().transpose(1, 2).contiguous().transpose(1, 2) for name, t in inputs.differentiable().items()
+    }
+    arguments = dataclasses.replace(inputs, **tensors).flat()
     output = torch.ops.smca_kernels.sdpa_forward(*arguments)
     gradients = torch.ops.smca_kernels.sdpa_backward(inputs.grad_output, *arguments)
     assert all(tensor.is_contiguous() for tensor in (output, *gradients))
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_double_backward_raises(inputs: Inputs, traced: bool) -> None:
+def test_double_backward_raises(inputs: CaseInputs, traced: bool) -> None:
     out = torch.ops.smca_kernels.sdpa_forward(*operator_arguments(inputs)) if traced else run(inputs)
     tensors = list(inputs.differentiable().values())
     for gradient in torch.autograd.grad(out, tensors, inputs.grad_output, create_graph=True):
@@ -411,7 +418,7 @@ def test_one_graph_serves_changing_grids_and_batches(
     assert len(compiled_frames) == 1
 
 
-def test_compiled_dropout_runs(inputs: Inputs) -> None:
+def test_compiled_dropout_runs(inputs: CaseInputs) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(smca_attention, fullgraph=True, backend="aot_eager")
     tensors = inputs.differentiable()
@@ -439,7 +446,7 @@ def test_an_exported_program_serves_other_grids(strict: bool, generator: torch.G
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_gives_the_same_gradients(inputs: Inputs, use_reentrant: bool) -> None:
+def test_checkpointing_gives_the_same_gradients(inputs: CaseInputs, use_reentrant: bool) -> None:
     tensors = inputs.differentiable()
 
     def attend(*values: Tensor) -> Tensor:
@@ -456,20 +463,20 @@ def test_checkpointing_gives_the_same_gradients(inputs: Inputs, use_reentrant: b
 
 @pytest.mark.usefixtures("always_widened")
 def test_tables_made_in_inference_mode_serve_training(generator: torch.Generator, device: torch.device) -> None:
-    for table in (sdpa_columns.key_features, sdpa._cells, sdpa._axes):
+    for table in (sdpa_columns.key_features, forward.grid_cells, backward.grid_axes):
         table.cache_clear()
     inputs = make_inputs(Case("small", SHAPES), generator, device)
     with torch.inference_mode():
         run(inputs)
-        parity.attend(inputs, "sdpa", dropout_p=0.1)
+        attend(inputs, "sdpa", dropout_p=0.1)
     results(inputs)
-    torch.autograd.grad(parity.attend(inputs, "sdpa", dropout_p=0.1).sum(), inputs.center)
+    torch.autograd.grad(attend(inputs, "sdpa", dropout_p=0.1).sum(), inputs.center)
 
 
 # --- dropout ---
 
 
-def one_hot_inputs(generator: torch.Generator, device: torch.device, **options: Any) -> Inputs:
+def one_hot_inputs(generator: torch.Generator, device: torch.device, **options: Any) -> CaseInputs:
     """One scale, and values that show P: out[..., k] is P[k] after dropout."""
     case = Case("dropout", ((4, 8),), heads=3, queries=50, head_dim=32, scale_weights=False, **options)
     inputs = make_inputs(case, generator, device)
@@ -480,7 +487,7 @@ def one_hot_inputs(generator: torch.Generator, device: torch.device, **options: 
 def test_dropout_keeps_the_given_share_and_scales_it_up(generator: torch.Generator, device: torch.device) -> None:
     inputs = one_hot_inputs(generator, device, prior="wide")
     probabilities = run(inputs)
-    dropped = parity.attend(inputs, "sdpa", dropout_p=0.3)
+    dropped = attend(inputs, "sdpa", dropout_p=0.3)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], probabilities[kept] / 0.7, rtol=1e-4, atol=1e-7)
     share = kept.float().mean().item()
@@ -490,7 +497,7 @@ def test_dropout_keeps_the_given_share_and_scales_it_up(generator: torch.Generat
 def test_dropout_keeps_the_expectation(generator: torch.Generator, device: torch.device) -> None:
     inputs = make_inputs(Case("dropout", SHAPES, queries=9), generator, device)
     with torch.no_grad():
-        mean = torch.stack([parity.attend(inputs, "sdpa", dropout_p=0.2) for _ in range(400)])
+        mean = torch.stack([attend(inputs, "sdpa", dropout_p=0.2) for _ in range(400)])
         error = (mean.mean(0) - run(inputs)) / (mean.std(0) / math.sqrt(400) + 1e-6)
     assert error.square().mean().sqrt() < 1.3
 
@@ -498,11 +505,11 @@ def test_dropout_keeps_the_expectation(generator: torch.Generator, device: torch
 def test_the_backward_drops_what_the_forward_dropped(generator: torch.Generator, device: torch.device) -> None:
     inputs = one_hot_inputs(generator, device)
     torch.manual_seed(3)
-    mask = (parity.attend(inputs, "sdpa", dropout_p=0.4) != 0).detach()
+    mask = (attend(inputs, "sdpa", dropout_p=0.4) != 0).detach()
     value = torch.randn(inputs.value.shape, generator=generator).to(device).requires_grad_()
     inputs = dataclasses.replace(inputs, value=value)
     torch.manual_seed(3)
-    actual = parity.run_backend(inputs, "sdpa", dropout_p=0.4)
+    actual = run_backend(inputs, "sdpa", dropout_p=0.4)
     probabilities = reference.scale_probabilities(
         inputs.query, inputs.key, inputs.center[:, :, :, 0], inputs.precision[:, :, :, 0], 4, 8, None, 32**-0.5
     )
@@ -515,7 +522,7 @@ def test_the_backward_drops_what_the_forward_dropped(generator: torch.Generator,
 
 def test_dropout_of_everything_gives_zeros(generator: torch.Generator, device: torch.device) -> None:
     inputs = make_inputs(Case("dropout", SHAPES), generator, device)
-    assert not parity.attend(inputs, "sdpa", dropout_p=1.0).any()
+    assert not attend(inputs, "sdpa", dropout_p=1.0).any()
 
 
 def test_without_dropout_no_random_number_is_drawn(generator: torch.Generator, device: torch.device) -> None:
@@ -528,6 +535,6 @@ def test_without_dropout_no_random_number_is_drawn(generator: torch.Generator, d
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_dropout_gives_the_dtype_of_query(dtype: str, generator: torch.Generator, device: torch.device) -> None:
     inputs = make_inputs(Case("dropout", SHAPES, dtype=dtype, mask="empty_scale"), generator, device)
-    for name, result in parity.run_backend(inputs, "sdpa", dropout_p=0.2).items():
+    for name, result in run_backend(inputs, "sdpa", dropout_p=0.2).items():
         assert result.isfinite().all()
         assert result.dtype == (inputs.query if name == "output" else getattr(inputs, name)).dtype

@@ -8,25 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import ON_GPU
 from torch import Tensor
 
 from smca_kernels.profiling.measure import saved_bytes
-from smca_kernels.testing.parity import (
-    CASES,
-    DTYPES,
-    Case,
-    Inputs,
-    attend,
-    compare_results,
-    make_inputs,
-    poisoned_memory,
-    run_backend,
-    run_reference,
-)
+from smca_kernels.testing.budget import poisoned_memory
+from smca_kernels.testing.cases import CASES, DTYPES, Case, CaseInputs, make_inputs
+from smca_kernels.testing.check import attend, compare_results, run_backend, run_reference
 
 pytest.importorskip("triton")
 
-ON_GPU = torch.cuda.is_available()
 SERVED = [case for case in CASES if (case.scale is None or case.scale > 0) and (ON_GPU or not case.large)]
 # Through the interpreter, the cases that are not quick take turns with the dtypes.
 SWEEP = [
@@ -37,26 +28,18 @@ SWEEP = [
 ]
 
 
-@pytest.fixture
-def unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many programs share a block of queries depends on batch and grids, and their sums round differently."""
-    from smca_kernels.backends.triton import launch
-
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 0)
-
-
-def output_and_gradients(inputs: Inputs) -> dict[str, Tensor]:
+def output_and_gradients(inputs: CaseInputs) -> dict[str, Tensor]:
     """The kernels' results in memory that held NaN."""
     with poisoned_memory():
         return run_backend(inputs, "triton")
 
 
-def assert_all_within_budget(actual: dict[str, Tensor], inputs: Inputs) -> None:
+def assert_all_within_budget(actual: dict[str, Tensor], inputs: CaseInputs) -> None:
     over = [str(comparison) for comparison in compare_results(actual, inputs) if not comparison.ratio <= 1.0]
     assert not over, "\n".join(over)
 
 
-def part_of_batch(inputs: Inputs, b: int) -> Inputs:
+def part_of_batch(inputs: CaseInputs, b: int) -> CaseInputs:
     fields = (f.name for f in dataclasses.fields(inputs))
     tensors = {name: t for name in fields if isinstance(t := getattr(inputs, name), Tensor)}
     alone = {name: t[b : b + 1].detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}

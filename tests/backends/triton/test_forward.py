@@ -8,38 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from devices import ON_GPU
 from torch import Tensor
 
 from smca_kernels.backends import reference
-from smca_kernels.testing.parity import (
-    CASES,
-    DTYPES,
-    Case,
-    Inputs,
-    absolute_sums,
-    assert_within_budget,
-    attend,
-    make_inputs,
-    poisoned_memory,
-)
+from smca_kernels.testing.budget import assert_within_budget, poisoned_memory
+from smca_kernels.testing.cases import CASES, DTYPES, Case, CaseInputs, make_inputs
+from smca_kernels.testing.check import absolute_sums, attend
 
 pytest.importorskip("triton")
 
-ON_GPU = torch.cuda.is_available()
-# test_kernels_backward.py looks at the output of all cases too; here every failure is the forward kernel's.
-# The kernels refuse scales that are not positive: test_kernels_operator.py.
+# test_backward.py looks at the output of all cases too; here every failure is the forward kernel's.
+# The kernels refuse scales that are not positive: test_operator.py.
 SERVED = [case for case in CASES if (case.scale is None or case.scale > 0) and (ON_GPU or case.quick)]
 
 
-@pytest.fixture
-def unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many programs share a block of queries depends on batch and grids, and their sums round differently."""
-    from smca_kernels.backends.triton import launch
-
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 0)
-
-
-def forward(inputs: Inputs, **changes: Any) -> Tensor:
+def forward(inputs: CaseInputs, **changes: Any) -> Tensor:
     """The kernel's output into memory that held NaN."""
     inputs = dataclasses.replace(inputs, **changes)
     with torch.no_grad(), poisoned_memory():
@@ -47,9 +31,9 @@ def forward(inputs: Inputs, **changes: Any) -> Tensor:
 
 
 @torch.no_grad()
-def assert_output_within_budget(actual: Tensor, inputs: Inputs) -> None:
+def assert_output_within_budget(actual: Tensor, inputs: CaseInputs) -> None:
     wide = inputs.double()
-    oracle, eager = (reference.attention(*i.backend_arguments()) for i in (wide, inputs))
+    oracle, eager = (reference.attention(i) for i in (wide, inputs))
     assert_within_budget(actual, oracle, eager, "output", absolute_sum=absolute_sums(wide)["output"][0])
 
 
@@ -130,7 +114,7 @@ def test_valid_shapes_beyond_the_grid_act_as_clamped(device: torch.device, gener
     def output(valid_shapes: list[list[list[int]]]) -> Tensor:
         arguments = dataclasses.replace(inputs, valid_shapes=torch.tensor(valid_shapes, device=device))
         with torch.no_grad(), poisoned_memory():
-            return operator.attention(*arguments.backend_arguments())
+            return operator.attention(arguments)
 
     assert torch.equal(output([[[6, 70]], [[-1, 4]]]), output([[[5, 9]], [[0, 4]]]))
 

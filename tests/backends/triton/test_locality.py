@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from smca_kernels.backends import reference
 from smca_kernels.backends.triton import locality
+from smca_kernels.inputs import AttentionInputs
 
 HEAD_DIM = 16
 
@@ -89,7 +90,7 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn, most: int = 60) -> Problem:
-    """Of all kinds, on grids of at most `most` cells a side."""
+    """Draw problems of all kinds, on grids of at most `most` cells a side."""
     height, width = draw(st.integers(1, most)), draw(st.integers(1, most))
     query = st.tuples(centers(width), centers(height), precisions(width), precisions(height))
     return Problem(
@@ -124,24 +125,17 @@ def fights(draw: st.DrawFn) -> Problem:
     )
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """One image and head of `smca_attention`'s arguments."""
-
-    query: Tensor
-    key: Tensor
-    center: Tensor
-    precision: Tensor
-    shapes: tuple[tuple[int, int], ...]
-    valid_shapes: Tensor | None
-    key_padding_mask: Tensor | None
-    scale: float
+Planner = Callable[[AttentionInputs, float], locality.Plan]
 
 
-Planner = Callable[[Tensors, float], locality.Plan]
+def one_head(
+    query: Tensor, key: Tensor, center: Tensor, precision: Tensor, grid: tuple[int, int], scale: float
+) -> AttentionInputs:
+    """Inputs of one image, head and scale; plans don't look at values."""
+    return AttentionInputs(query, key, key, center, precision, None, None, None, (grid,), 0.0, scale, 0.0)
 
 
-def tensors_of(problem: Problem, dtype: torch.dtype, planner: Planner) -> Tensors:
+def tensors_of(problem: Problem, dtype: torch.dtype, planner: Planner) -> AttentionInputs:
     """The problem's inputs in a dtype, center and precision in at least float32."""
     rng = np.random.default_rng(problem.seed)
     height, width = problem.grid
@@ -181,12 +175,11 @@ def tensors_of(problem: Problem, dtype: torch.dtype, planner: Planner) -> Tensor
     key[0, 0, :, 0] = aligned
     if problem.keys == "adversary":
         key[0, 0, nearest, 1] = math.sqrt(1 - problem.of_nearest**2)
-    inputs = Tensors(
-        query.to(dtype), key.to(dtype), center, precision, (problem.grid,), valid_shapes, mask, problem.scale
-    )
+    inputs = one_head(query.to(dtype), key.to(dtype), center, precision, problem.grid, problem.scale)
+    inputs = replace(inputs, valid_shapes=valid_shapes, key_padding_mask=mask)
     if problem.keys == "adversary":
         # Neither the norms change nor the nearest key, so neither does the first query's window.
-        left_out = ~planner(inputs, problem.tolerance).seen(inputs.shapes)[0][0, 0, 0]
+        left_out = ~planner(inputs, problem.tolerance).seen(inputs.spatial_shapes)[0][0, 0, 0]
         left_out[nearest] = False
         inputs.key[0, 0, left_out, 0] *= -1
     return inputs
@@ -199,13 +192,13 @@ def nearest_cell(problem: Problem, size: tuple[int, int]) -> int:
     return y * problem.grid[1] + x
 
 
-def largest_dropped_mass(inputs: Tensors, seen: list[Tensor]) -> float:
-    """What the keys that aren't seen hold of a query's softmax, in float64; the largest of all queries."""
+def largest_dropped_mass(inputs: AttentionInputs, seen: list[Tensor]) -> float:
+    """Largest mass that the keys that aren't seen hold of a query's softmax, in float64."""
     query, key = inputs.query.double(), inputs.key.double()
     center, precision = inputs.center.double(), inputs.precision.double()
-    ignored = reference.ignored_keys(inputs.shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
     largest, first = 0.0, 0
-    for s, (height, width) in enumerate(inputs.shapes):
+    for s, (height, width) in enumerate(inputs.spatial_shapes):
         # Counted from a cell near the centre, which softmax doesn't see: so p c² leaves no rounding.
         origin = center[..., s, :].round().clamp(min=0).minimum(torch.tensor([width - 1.0, height - 1.0]).double())
         x, y = reference.cell_coordinates(height, width, like=query)
@@ -223,7 +216,7 @@ def largest_dropped_mass(inputs: Tensors, seen: list[Tensor]) -> float:
 
 def assert_tolerance_holds(problem: Problem, dtype: torch.dtype, planner: Planner) -> None:
     inputs = tensors_of(problem, dtype, planner)
-    seen = planner(inputs, problem.tolerance).seen(inputs.shapes)
+    seen = planner(inputs, problem.tolerance).seen(inputs.spatial_shapes)
     # 1e-13: of a softmax in float64.
     assert largest_dropped_mass(inputs, seen) <= problem.tolerance * (1 + 1e-9) + 1e-13
 
@@ -232,11 +225,8 @@ def assert_tolerance_holds(problem: Problem, dtype: torch.dtype, planner: Planne
 
 
 def twin(block: int, tile: tuple[int, int]) -> Planner:
-    def planner(inputs: Tensors, tolerance: float) -> locality.Plan:
-        return locality.plan(
-            inputs.query, inputs.key, inputs.center, inputs.precision, inputs.shapes, inputs.valid_shapes,
-            inputs.key_padding_mask, scale=inputs.scale, mass_tolerance=tolerance, block=block, tile=tile,
-        )  # fmt: skip
+    def planner(inputs: AttentionInputs, tolerance: float) -> locality.Plan:
+        return locality.plan(replace(inputs, mass_tolerance=tolerance), block, tile)
 
     return planner
 
@@ -265,23 +255,18 @@ def test_no_query_loses_more_than_the_tolerance_in_float32(
 def kernels() -> Iterator[Planner]:
     """Plans as the kernels make them, of however few elements, with windows to the cell."""
     pytest.importorskip("triton")
-    from smca_kernels.backends.triton import launch, operator
+    from smca_kernels.backends.triton import launch
 
-    def planner(inputs: Tensors, tolerance: float) -> locality.Plan:
-        arguments = (inputs.query, inputs.key, inputs.center, inputs.precision)
-        masks = (inputs.shapes, inputs.valid_shapes, inputs.key_padding_mask)
-        plan = operator.plan_of(
-            *(t.to(device) for t in arguments),
-            *(t.to(device) if isinstance(t, Tensor) else t for t in masks),
-            inputs.scale,
-            tolerance,
-        )
+    def planner(inputs: AttentionInputs, tolerance: float) -> locality.Plan:
+        tensors = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
+        moved = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+        plan = launch.read_plan(replace(inputs, **moved, mass_tolerance=tolerance))
         assert plan is not None
         return locality.Plan(plan.order.cpu(), plan.windows.cpu(), plan.block)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 0)
+        patch.setattr(launch, "MIN_PLANNED_ELEMENTS", 0)
         patch.setattr(launch, "planned_tile", lambda *_: (1, 1))
         yield planner
 
@@ -313,11 +298,11 @@ def test_a_bound_twice_as_good_would_be_wrong() -> None:
     key[..., 0] = -strength
     key[0, 0, middle, 0] = strength
     query = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 1, 1, 2)
-    inputs = Tensors(query, key, center, torch.full_like(center, 6e-4), ((side, side),), None, None, 1.0)
+    inputs = one_head(query, key, center, torch.full_like(center, 6e-4), (side, side), 1.0)
     planner = twin(1, (1, 1))
-    seen = planner(inputs, tolerance).seen(inputs.shapes)
+    seen = planner(inputs, tolerance).seen(inputs.spatial_shapes)
     key[0, 0, ~seen[0][0, 0, 0], 0] = strength
-    assert torch.equal(planner(inputs, tolerance).seen(inputs.shapes)[0], seen[0])
+    assert torch.equal(planner(inputs, tolerance).seen(inputs.spatial_shapes)[0], seen[0])
     assert 0.5 * tolerance < largest_dropped_mass(inputs, seen) <= tolerance
 
 
@@ -394,7 +379,7 @@ class Gradients:
     probabilities: Tensor
 
 
-def gradients(inputs: Tensors, value: Tensor, weight: float, grad_output: Tensor, hidden: Tensor) -> Gradients:
+def gradients(inputs: AttentionInputs, value: Tensor, weight: float, grad_output: Tensor, hidden: Tensor) -> Gradients:
     """Of the reference in float64, without the hidden keys."""
     tensors = [
         inputs.query,
@@ -406,7 +391,7 @@ def gradients(inputs: Tensors, value: Tensor, weight: float, grad_output: Tensor
     ]
     query, key, value, center, precision, alpha = leaves = [t.detach().clone().requires_grad_() for t in tensors]
     probabilities = reference.scale_probabilities(
-        query, key, center[..., 0, :], precision[..., 0, :], *inputs.shapes[0], hidden, inputs.scale
+        query, key, center[..., 0, :], precision[..., 0, :], *inputs.spatial_shapes[0], hidden, inputs.scale
     )
     output = alpha * (probabilities @ value)
     found = torch.autograd.grad(output, leaves, grad_output)
@@ -422,7 +407,7 @@ def test_output_and_gradients_change_by_no_more_than_documented(problem: Problem
     problem = replace(problem, queries=problem.queries[:1])
     inputs = tensors_of(problem, torch.float64, twin(1, (1, 1)))
     height, width = problem.grid
-    hidden = ~twin(1, (1, 1))(inputs, problem.tolerance).seen(inputs.shapes)[0][:, 0, 0]
+    hidden = ~twin(1, (1, 1))(inputs, problem.tolerance).seen(inputs.spatial_shapes)[0][:, 0, 0]
     generator = torch.Generator().manual_seed(problem.seed)
     value = torch.randn(1, 1, height * width, 3, generator=generator, dtype=torch.float64)
     if problem.keys == "adversary":

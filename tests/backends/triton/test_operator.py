@@ -9,36 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from devices import COMPILER, needs_gpu
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from smca_kernels import smca_attention
 from smca_kernels.backends import reference
-from smca_kernels.testing.parity import (
-    Case,
-    Inputs,
-    absolute_sums,
-    assert_within_budget,
-    attend,
-    largest_errors,
-    make_inputs,
-    neighbours,
-    poisoned_memory,
-    run_backend,
-)
+from smca_kernels.inputs import AttentionInputs
+from smca_kernels.testing.budget import assert_within_budget, poisoned_memory
+from smca_kernels.testing.cases import Case, CaseInputs, make_inputs
+from smca_kernels.testing.check import absolute_sums, attend, largest_errors, neighbours, run_backend
 
 pytest.importorskip("triton")
 
 from smca_kernels.backends.triton import backward, forward, launch, operator, windows
 
-ON_GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 SMALL = Case("", ((3, 5), (2, 2)), queries=5)
-
-
-@pytest.fixture
-def always_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 0)
 
 
 # --- dropout ---
@@ -52,13 +38,13 @@ def drop_seed_of_next_call(device: torch.device) -> Tensor:
     return seed
 
 
-def kept(inputs: Inputs, seed: Tensor, dropout_p: float) -> Tensor:
+def kept(inputs: CaseInputs, seed: Tensor, dropout_p: float) -> Tensor:
     return operator.dropout_mask(seed, *inputs.query.shape[:3], inputs.key.shape[2], dropout_p)
 
 
-def reference_under(keep: Tensor, inputs: Inputs, dropout_p: float) -> dict[str, Tensor]:
+def reference_under(keep: Tensor, inputs: CaseInputs, dropout_p: float) -> dict[str, Tensor]:
     """Output and gradients of the reference, with a given mask [B, H, N, T] in place of its own dropout."""
-    shapes, scale = inputs.spatial_shapes, inputs.backend_arguments()[-1]
+    shapes, scale = inputs.spatial_shapes, inputs.scale
     sizes = [height * width for height, width in shapes]
     keys, values, keeps = inputs.key.split(sizes, 2), inputs.value.split(sizes, 2), keep.split(sizes, 3)
     output = torch.zeros((), dtype=inputs.query.dtype, device=inputs.query.device)
@@ -192,19 +178,10 @@ def test_float64_is_refused_with_the_reason(device: torch.device, generator: tor
 # --- torch.library, compilation, export ---
 
 
-def operator_arguments(inputs: Inputs, dropout_p: float = 0.0) -> tuple[Any, ...]:
+def operator_arguments(inputs: CaseInputs, dropout_p: float = 0.0) -> tuple[Any, ...]:
     """Arguments of torch.ops.smca_kernels.forward."""
-    *tensors, shapes, valid_shapes, key_padding_mask, _, scale = inputs.backend_arguments()
     seed = torch.ones(1, dtype=torch.int64, device=inputs.query.device) if dropout_p else None
-    flat = [side for shape in shapes for side in shape]
-    return *tensors, valid_shapes, key_padding_mask, seed, None, flat, dropout_p, scale
-
-
-def plan_arguments(inputs: Inputs) -> tuple[Any, ...]:
-    """Arguments of torch.ops.smca_kernels.plan."""
-    query, key, _, center, precision, _, shapes, valid_shapes, key_padding_mask, _, scale = inputs.backend_arguments()
-    flat = [side for shape in shapes for side in shape]
-    return query, key, center, precision, valid_shapes, key_padding_mask, flat, scale, 2.0**-24
+    return *dataclasses.replace(inputs, dropout_p=dropout_p).flat(), seed
 
 
 @pytest.mark.parametrize(
@@ -237,14 +214,13 @@ def test_operator_passes_opcheck_with_frozen_inputs(
 
 
 @pytest.mark.parametrize("mask", ["none", "valid_shapes", "random"])
-def test_plan_and_what_it_is_given_to_pass_opcheck(
-    mask: str, device: torch.device, generator: torch.Generator, always_planned: None
+@pytest.mark.parametrize("tolerance", [0.0, 0.5])
+def test_operator_passes_opcheck_with_a_plan(
+    mask: str, tolerance: float, device: torch.device, generator: torch.Generator, always_planned: None
 ) -> None:
     inputs = make_inputs(dataclasses.replace(SMALL, mask=mask), generator, device)
-    torch.library.opcheck(torch.ops.smca_kernels.plan.default, plan_arguments(inputs))
-    plan = torch.ops.smca_kernels.plan(*plan_arguments(inputs))
-    arguments = [plan if i == 9 else each for i, each in enumerate(operator_arguments(inputs))]
-    torch.library.opcheck(torch.ops.smca_kernels.forward.default, tuple(arguments))
+    arguments = operator_arguments(dataclasses.replace(inputs, mass_tolerance=tolerance))
+    torch.library.opcheck(torch.ops.smca_kernels.forward.default, arguments)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -252,21 +228,22 @@ def test_a_compiled_call_plans_where_it_pays(
     device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = []
-    plan_pays = launch.plan_pays
+    is_planned = launch.is_planned
 
-    def noted(*arguments: Any) -> bool:
-        planned.append(plan_pays(*arguments))
+    def noted(inputs: AttentionInputs) -> bool:
+        planned.append(is_planned(inputs))
         return planned[-1]
 
-    monkeypatch.setattr(launch, "plan_pays", noted)
-    monkeypatch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 5 * 19)
+    monkeypatch.setattr(launch, "is_planned", noted)
+    monkeypatch.setattr(launch, "MIN_PLANNED_ELEMENTS", 5 * 19)
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=COMPILER)
     for queries, pays in ((4, False), (6, True)):
         inputs = make_inputs(dataclasses.replace(SMALL, queries=queries), generator, device)
         planned.clear()
-        torch.testing.assert_close(compiled(inputs, "triton"), attend(inputs, "triton", mass_tolerance=0.0))
+        actual = compiled(inputs, "triton")
         assert planned
         assert all(each == pays for each in planned)
+        torch.testing.assert_close(actual, attend(inputs, "triton", mass_tolerance=0.0))
 
 
 def attend_maps(
@@ -305,16 +282,6 @@ def maps_and_prior(device: torch.device, batch: int, queries: int, sides: list[t
 
 def leaves(arguments: tuple[Any, ...]) -> list[Tensor]:
     return [t for each in arguments for t in (each if isinstance(each, list) else [each])]
-
-
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-COMPILER = "inductor" if ON_GPU else "aot_eager"
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import ON_GPU, needs_gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -17,20 +18,12 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from smca_kernels.backends.triton import prior as kernels
-from smca_kernels.nn.co_attention import (
-    GEOMETRIES,
-    MIN_SQUARED_OBJECT_SCALE,
-    SCALE_TYPES,
-    SpatiallyModulatedCoAttention,
-    SpatialPrior,
-    SpatialPriorOutput,
-)
-from smca_kernels.testing.parity import assert_within_budget, poisoned_memory
+from smca_kernels.nn import GEOMETRIES, SCALE_TYPES, SpatiallyModulatedCoAttention, SpatialPrior, SpatialPriorOutput
+from smca_kernels.nn.prior import MIN_SQUARED_OBJECT_SCALE
+from smca_kernels.testing.budget import assert_within_budget, poisoned_memory
 from smca_kernels.tools.cost.report import compile_report
 from smca_kernels.tools.cost.specializations import Specialization
 
-ON_GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPTIONS = list(itertools.product(GEOMETRIES, ("per_head", "shared"), SCALE_TYPES))
 GRIDS = ((21, 34), (11, 17), (5, 9), (3, 4), (1, 1), (7, 2), (9, 9), (2, 50))
@@ -536,13 +529,6 @@ def test_operator_passes_opcheck_with_frozen_inputs(
     raw = {name: t.detach() if name in frozen else t for name, t in problem.raw.items()}
     arguments = operator_arguments(dataclasses.replace(problem, raw=raw))
     torch.library.opcheck(torch.ops.smca_kernels.prior.default, arguments)
-
-
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

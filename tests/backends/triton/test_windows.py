@@ -11,44 +11,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from smca_kernels.attention import MASS_TOLERANCES
 from smca_kernels.backends import reference
 from smca_kernels.backends.triton import locality
-from smca_kernels.testing import parity
-from smca_kernels.testing.parity import (
-    Case,
-    Comparison,
-    Expectation,
-    Inputs,
-    attend,
-    make_inputs,
-    poisoned_memory,
-    run_backend,
-)
+from smca_kernels.inputs import MASS_TOLERANCES
+from smca_kernels.testing.budget import Comparison, poisoned_memory
+from smca_kernels.testing.cases import DTYPES, Case, CaseInputs, make_inputs
+from smca_kernels.testing.check import Expectation, attend, run_backend
 
 pytest.importorskip("triton")
 
-from smca_kernels.backends.triton import launch, operator
+from smca_kernels.backends.triton import launch
 
 GRIDS = ((9, 40), (5, 6))
 PYRAMID = ((100, 167), (50, 84), (25, 42), (13, 21))
 
 
-@pytest.fixture(autouse=True)
-def always_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "LEAST_PLANNED_ELEMENTS", 0)
+pytestmark = pytest.mark.usefixtures("always_planned")
 
 
-def plan_of(inputs: Inputs, tolerance: float) -> locality.Plan:
+def kernel_plan(inputs: CaseInputs, tolerance: float) -> locality.Plan:
     """The kernels' plan, made in memory that held NaN."""
-    query, key, _, center, precision, _, *others, _, scale = inputs.backend_arguments()
     with torch.no_grad(), poisoned_memory():
-        plan = operator.plan_of(query, key, center, precision, *others, scale, tolerance)
+        plan = launch.read_plan(dataclasses.replace(inputs, mass_tolerance=tolerance))
     assert plan is not None
     return plan
 
 
-def elements(inputs: Inputs) -> int:
+def elements(inputs: CaseInputs) -> int:
     batch, heads, queries, _ = inputs.query.shape
     return batch * heads * queries * inputs.key.shape[2]
 
@@ -56,23 +45,21 @@ def elements(inputs: Inputs) -> int:
 # ----------------------------------------------------------------------------------------- order and windows
 
 
-def twin_windows(inputs: Inputs, tolerance: float, like: locality.Plan, factor: float = 1.0) -> Tensor:
+def twin_windows(inputs: CaseInputs, tolerance: float, like: locality.Plan, factor: float = 1.0) -> Tensor:
     """The twin's windows in float64 for the order and blocks of a plan, with every threshold t times a factor."""
     arch = launch.architecture(inputs.query.device)
     tile = launch.planned_tile(arch, inputs.query.dtype, inputs.query.shape[3])
     thresholds = locality.thresholds
-    query, key, _, center, precision, _, *others, _, scale = inputs.double().backend_arguments()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locality, "thresholds", lambda *arguments: thresholds(*arguments) * factor)
         patch.setattr(locality, "order_of", lambda *_: like.order)
-        plan = locality.plan(
-            query, key, center, precision, *others, scale=scale, mass_tolerance=tolerance, block=like.block, tile=tile
-        )
+        wide = dataclasses.replace(inputs.double(), mass_tolerance=tolerance)
+        plan = locality.plan(wide, block=like.block, tile=tile)
     return plan.windows
 
 
-def assert_plan_is_the_twin_s(inputs: Inputs, tolerance: float) -> None:
-    plan = plan_of(inputs, tolerance)
+def assert_plan_is_the_twin_s(inputs: CaseInputs, tolerance: float) -> None:
+    plan = kernel_plan(inputs, tolerance)
     each_once = torch.arange(plan.order.shape[2], device=plan.order.device).expand_as(plan.order)
     assert torch.equal(plan.order.sort(-1).values, each_once)
     # What float32 rounds away is far less than a thousandth of t, and of nothing else does a window depend so finely.
@@ -104,7 +91,7 @@ def test_the_order_is_the_twin_s(
     x[queries // 2 + 2 :], y[queries // 2 + 2 :] = x[2], y[2]
     with torch.no_grad():
         inputs.center[0, 0, :, 1] = torch.stack((x, y), -1)
-    order = plan_of(inputs, 0.1).order
+    order = kernel_plan(inputs, 0.1).order
     assert torch.equal(order, locality.order_of(inputs.center.detach().double(), case.spatial_shapes, block=64))
 
 
@@ -115,13 +102,13 @@ def test_centres_that_are_nowhere_have_a_place_in_the_order(
     inputs = make_inputs(Case("", ((4, 40),), queries=70, head_dim=16, dtype="float16"), generator, device)
     with torch.no_grad():
         inputs.center[:, :, ::3] = away
-    order = plan_of(inputs, 0.1).order
+    order = kernel_plan(inputs, 0.1).order
     assert torch.equal(order.sort(-1).values, torch.arange(70, device=device)[None, None])
 
 
 def test_neighbours_in_the_order_are_neighbours_in_the_image(device: torch.device, generator: torch.Generator) -> None:
     inputs = make_inputs(Case("", ((40, 60),), queries=300, head_dim=16), generator, device)
-    order = plan_of(inputs, 0.1).order
+    order = kernel_plan(inputs, 0.1).order
     center = inputs.center.detach()[..., 0, :]
     in_order = center.gather(2, order[..., None].expand_as(center))
 
@@ -162,13 +149,13 @@ def test_windows_are_the_twin_s_to_the_cell(
     assert_plan_is_the_twin_s(make_inputs(dataclasses.replace(case, dtype=dtype), generator, device), tolerance)
 
 
-@pytest.mark.parametrize("dtype", parity.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_windows_are_the_twin_s_to_the_tile(dtype: str, device: torch.device, generator: torch.Generator) -> None:
     case = Case("", ((33, 40), (9, 9)), heads=2, queries=40, prior="narrow", dtype=dtype)
     assert_plan_is_the_twin_s(make_inputs(case, generator, device), 0.5)
 
 
-def prior_of_width(fraction: float, dtype: str, generator: torch.Generator) -> Inputs:
+def prior_of_width(fraction: float, dtype: str, generator: torch.Generator) -> CaseInputs:
     """300 queries anywhere on `PYRAMID`, with σ a fraction of each grid's width."""
     inputs = make_inputs(Case("", PYRAMID, heads=2, queries=300, dtype=dtype), generator)
     sides = torch.tensor([(width, height) for height, width in PYRAMID])
@@ -179,13 +166,9 @@ def prior_of_width(fraction: float, dtype: str, generator: torch.Generator) -> I
     )
 
 
-def computed_of_pyramid(inputs: Inputs) -> float:
+def computed_of_pyramid(inputs: CaseInputs) -> float:
     """Elements that the twin computes with blocks and tiles as on an H100, as a fraction of all."""
-    query, key, _, center, precision, _, *others, _, scale = inputs.backend_arguments()
-    plan = locality.plan(
-        query, key, center, precision, *others, scale=scale, mass_tolerance=MASS_TOLERANCES[query.dtype]
-    )
-    return plan.computed().sum().item() / elements(inputs)
+    return locality.plan(inputs).computed().sum().item() / elements(inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -201,8 +184,8 @@ def test_a_wide_prior_leaves_out_nothing(generator: torch.Generator) -> None:
 
 
 @contextmanager
-def seen_alone(seen: list[Tensor], inputs: Inputs) -> Iterator[None]:
-    """Meanwhile, the reference has a prior of 0 at all keys that a query doesn't see."""
+def seen_alone(seen: list[Tensor], inputs: CaseInputs) -> Iterator[None]:
+    """In this block, the reference has a prior of 0 at all keys that a query doesn't see."""
     of_shape = dict(zip(inputs.spatial_shapes, seen, strict=True))
     assert len(of_shape) == len(seen)
     log_prior = reference.log_prior
@@ -220,7 +203,7 @@ def assert_all_within_budget(comparisons: list[Comparison]) -> None:
     assert not over, "\n".join(over)
 
 
-def gathered_inputs(case: Case, generator: torch.Generator, device: torch.device) -> Inputs:
+def gathered_inputs(case: Case, generator: torch.Generator, device: torch.device) -> CaseInputs:
     """Queries that look at the left of the image, so that narrow priors leave out the right.
 
     If they are more than a few, a few more than a block has.
@@ -247,7 +230,7 @@ ATTENTION_CASES = [
 SWEEP = [
     (dataclasses.replace(ATTENTION_CASES[(i + 2 * j) % len(ATTENTION_CASES)], dtype=dtype), tolerance)
     for i, tolerance in enumerate(TOLERANCES)
-    for j, dtype in enumerate(parity.DTYPES)
+    for j, dtype in enumerate(DTYPES)
 ]
 
 
@@ -264,7 +247,7 @@ def test_output_and_gradients_are_those_of_the_keys_in_the_windows(
     if tolerance == 0.0:
         expectation = Expectation.of(inputs)
     else:
-        plan = plan_of(inputs, tolerance)
+        plan = kernel_plan(inputs, tolerance)
         if case.prior == "narrow":
             assert plan.computed().sum() < elements(inputs)
         with seen_alone(plan.seen(case.spatial_shapes), inputs):
@@ -272,20 +255,20 @@ def test_output_and_gradients_are_those_of_the_keys_in_the_windows(
     assert_all_within_budget(expectation.compare(actual))
 
 
-def dropped_mass(inputs: Inputs, seen: Tensor) -> float:
-    """Of the only scale, in float64: the largest of all queries."""
+def dropped_mass(inputs: CaseInputs, seen: Tensor) -> float:
+    """Largest mass that a query loses at the only scale, in float64."""
     wide, (height, width) = inputs.double(), inputs.spatial_shapes[0]
     center, precision = wide.center[..., 0, :], wide.precision[..., 0, :]
     with torch.no_grad():
         probabilities = reference.scale_probabilities(
-            wide.query, wide.key, center, precision, height, width, None, inputs.backend_arguments()[-1]
+            wide.query, wide.key, center, precision, height, width, None, inputs.scale
         )
     return probabilities.masked_fill(seen, 0.0).sum(-1).max().item()
 
 
 def fought_inputs(
     dtype: str, tolerance: float, precision: float, generator: torch.Generator, device: torch.device
-) -> tuple[Inputs, float]:
+) -> tuple[CaseInputs, float]:
     """Inputs whose plan leaves out keys that agree with all queries and have large values; and the mass of those."""
     case = Case("", ((3, 40),), queries=9, scale=1.0, head_dim=16, dtype=dtype)
     inputs = make_inputs(case, generator, device)
@@ -296,10 +279,10 @@ def fought_inputs(
         inputs.query.mul_(0.02)[..., 0] = 4.0
         inputs.key.mul_(0.02)[..., 0] = -1.0
         inputs.key[:, :, 45, 0] = 1.0
-        hidden = ~plan_of(inputs, tolerance).seen(case.spatial_shapes)[0].any(2)
+        hidden = ~kernel_plan(inputs, tolerance).seen(case.spatial_shapes)[0].any(2)
         inputs.key[..., 0][hidden] = 1.0
         inputs.value[hidden] *= 100
-    return inputs, dropped_mass(inputs, plan_of(inputs, tolerance).seen(case.spatial_shapes)[0])
+    return inputs, dropped_mass(inputs, kernel_plan(inputs, tolerance).seen(case.spatial_shapes)[0])
 
 
 @pytest.mark.parametrize(
@@ -313,7 +296,7 @@ def test_no_gradient_sees_what_the_forward_left_out(
     assert 1e-3 * tolerance < mass <= tolerance
     with poisoned_memory():
         actual = run_backend(inputs, "triton", mass_tolerance=tolerance)
-    with seen_alone(plan_of(inputs, tolerance).seen(inputs.spatial_shapes), inputs):
+    with seen_alone(kernel_plan(inputs, tolerance).seen(inputs.spatial_shapes), inputs):
         expectation = Expectation.of(inputs)
     assert_all_within_budget(expectation.compare(actual))
 
@@ -321,7 +304,7 @@ def test_no_gradient_sees_what_the_forward_left_out(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_no_window_holds_gets_no_gradient(dtype: str, device: torch.device, generator: torch.Generator) -> None:
     inputs = gathered_inputs(dataclasses.replace(NARROW, dtype=dtype), generator, device)
-    seen = torch.cat([mask.any(2) for mask in plan_of(inputs, 0.1).seen(inputs.spatial_shapes)], -1)
+    seen = torch.cat([mask.any(2) for mask in kernel_plan(inputs, 0.1).seen(inputs.spatial_shapes)], -1)
     assert not seen.all()
     gradients = run_backend(inputs, "triton", mass_tolerance=0.1)
     for name in ("key", "value"):
@@ -351,7 +334,7 @@ def test_programs_that_share_a_window_merge_to_it(
     inputs = gathered_inputs(dataclasses.replace(NARROW, dtype=dtype, queries=9), generator, device)
     with torch.no_grad(), poisoned_memory():
         actual = attend(inputs, "triton", mass_tolerance=0.1)
-    with seen_alone(plan_of(inputs, 0.1).seen(inputs.spatial_shapes), inputs):
+    with seen_alone(kernel_plan(inputs, 0.1).seen(inputs.spatial_shapes), inputs):
         expectation = Expectation.of(inputs)
     assert_all_within_budget(expectation.compare({"output": actual}))
 
@@ -359,7 +342,7 @@ def test_programs_that_share_a_window_merge_to_it(
 # -------------------------------------------------------------------------------------- what is not a number
 
 
-def finite_inputs(generator: torch.Generator, device: torch.device, **changes: object) -> Inputs:
+def finite_inputs(generator: torch.Generator, device: torch.device, **changes: object) -> CaseInputs:
     """Of two images, each with five queries that look at the left."""
     case = Case("", ((4, 40),), batch=2, queries=5, head_dim=16)
     inputs = make_inputs(dataclasses.replace(case, **changes), generator, device)
@@ -384,7 +367,7 @@ def test_a_key_that_is_not_finite_reaches_every_query_however_far_away(
         ours = attend(inputs, "triton", mass_tolerance=0.5)
     assert ours[0].isnan().all()
     assert ours[1].isfinite().all()
-    of_image = plan_of(inputs, 0.5).computed().sum((1, 2))
+    of_image = kernel_plan(inputs, 0.5).computed().sum((1, 2))
     assert of_image[1] < of_image[0] == elements(inputs) / 2
 
 
@@ -410,7 +393,7 @@ def test_keys_in_padding_change_no_window(
     inputs = finite_inputs(generator, device, mask=mask)
     padding = torch.cat(reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask), 1)
     with torch.no_grad():
-        expected = plan_of(inputs, 0.5)
+        expected = kernel_plan(inputs, 0.5)
         inputs.key[:, 0][padding] = value
-        ours = plan_of(inputs, 0.5)
+        ours = kernel_plan(inputs, 0.5)
     assert torch.equal(ours.windows, expected.windows)

@@ -32,7 +32,8 @@ def test_default_covers_every_architecture_dtype_and_head_dim():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--arch", "sm_81"), ("--arch", "ampere"), ("--dtype", "fp8"), ("--head-dim", "129")]
+    "arguments",
+    [("--arch", "sm_81"), ("--arch", "ampere"), ("--dtype", "fp8"), ("--head-dim", "129"), ("--trips", "-1")],
 )
 def test_unknown_filter_value_is_refused(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:

@@ -57,6 +57,7 @@ SPILL_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), SPILL_CASES)
 def test_no_spills(arch: int, dtype: str, head_dim: int):
     for row in real_rows(arch, dtype, head_dim):
@@ -64,6 +65,7 @@ def test_no_spills(arch: int, dtype: str, head_dim: int):
         assert (row["kernel"], row["spill_bytes"], row["local_bytes"]) == (row["kernel"], 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("arch", "pass_", "bar"),
@@ -80,6 +82,7 @@ def test_instructions_per_element_stay_under_the_bar(arch: int, pass_: str, bar:
     assert rows[-1]["instructions_per_element"] <= bar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_a_plan_adds_at_most_half_an_instruction_per_element(arch: int):
     def total(pass_: str) -> float:
@@ -104,6 +107,7 @@ WARNING_CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "head_dim", "kernel"), WARNING_CASES)
 def test_ptxas_tells_of_no_lost_performance(arch: int, head_dim: int, kernel: str):
     rows = [row for row in real_rows(arch, "bf16", head_dim) if row["kernel"].removeprefix("planned ") == kernel]
@@ -113,6 +117,7 @@ def test_ptxas_tells_of_no_lost_performance(arch: int, head_dim: int, kernel: st
         assert row["ptxas_warnings"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
 def test_simulated_loops_stay_below_their_ceiling(arch: int):
     rows = [row for row in real_rows(arch, "bf16", 32) if row.get("elements_per_iteration")]
@@ -145,6 +150,7 @@ for chosen in specializations.specializations(90, "bf16", 32):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", ABSENT, ids="-".join)
 def test_kernels_compile_without_their_optional_arguments(absent: tuple[str, ...]):
     # In a process of its own: here Triton may have been imported to interpret.

@@ -1,0 +1,191 @@
+"""Forward pass of the portable backend: torch's scaled_dot_product_attention on widened queries and keys.
+
+    logG[k] = Σ_axis -p (x_k - c)²  =  Σ_columns coefficient(query) · feature(key)  +  a constant of the row
+
+with the features -x², 2x of both axes and 1, so that softmax(scale · q·k + logG) is plain attention of widened queries
+to widened keys. Coefficients are split into terms that add up exactly: plain ones leave in every score the rounding of
+large terms that cancel (docs/sdpa.md). For a few scores the prior is SDPA's mask instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from smca_kernels.backends.reference import cell_coordinates, ignored_keys
+from smca_kernels.backends.sdpa.columns import (
+    HALF_DTYPES,
+    IGNORED_FEATURE,
+    key_features,
+    query_coefficients,
+    valid_ranges,
+)
+from smca_kernels.inputs import AttentionInputs, SpatialShapes
+
+MAX_DENSE_SCORES = 2**14  # up to here a bias of queries × keys costs less than widened keys
+CPU_BLOCK = 2**19  # scores of a block, per thread
+
+
+def forward(inputs: AttentionInputs) -> Tensor:
+    """The output [B, H, N, D] without dropout, in query's dtype."""
+    query, scale_weights = inputs.query, inputs.scale_weights
+    batch, heads, queries, head_dim = query.shape
+    keys = inputs.key.shape[2]
+    if batch * heads * queries * keys <= MAX_DENSE_SCORES:
+        out = combine_scales(dense_outputs(inputs), scale_weights)
+        return out if out.dtype == query.dtype else out.to(query.dtype)
+    dtype = sdpa_dtype(query, inputs.spatial_shapes)
+    out = torch.empty_like(query)
+    step = heads_at_once(batch, heads, queries, keys * 2 * head_dim, query.device)
+    for first in range(0, heads, step):
+        group = slice(first, first + step)
+        tensors = inputs.differentiable()
+        part: dict[str, Any] = {n: t if t.shape[1] == 1 else t[:, group] for n, t in tensors.items()}
+        some_heads = replace(inputs, **part)
+        out[:, group] = combine_scales(widened_outputs(some_heads, dtype), some_heads.scale_weights)
+    return out
+
+
+def heads_at_once(batch: int, heads: int, queries: int, numbers: int, device: torch.device) -> int:
+    """How many heads to widen together: few, so that their copies stay in a CPU's cache, but work for every thread."""
+    if device.type != "cpu":
+        return heads
+    threads = torch.get_num_threads()
+    busy = -(-8 * threads // (batch * -(-queries // 32)))  # SDPA's threads share blocks of 32 queries or more
+    return min(heads, max(CPU_BLOCK * threads // (batch * numbers), busy, 1))
+
+
+def full_dtype(query: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def sdpa_dtype(query: Tensor, shapes: SpatialShapes) -> torch.dtype:
+    """The dtype that SDPA computes in. Half is slower on a CPU, and has no exact coordinates beyond ±255."""
+    if query.dtype in HALF_DTYPES and (query.device.type == "cpu" or max(map(max, shapes)) > 511):
+        return torch.float32
+    return query.dtype
+
+
+def combine_scales(outputs: list[Tensor], scale_weights: Tensor | None) -> Tensor:
+    """Σ_s α_s O_s (Eq. 7–9)."""
+    if scale_weights is not None:
+        outputs = [output * narrow(scale_weights, 3, s, 1) for s, output in enumerate(outputs)]
+    out = outputs[0]
+    for output in outputs[1:]:
+        out = out + output
+    return out
+
+
+def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
+    """O_s of each scale [B, H, N, D] with logG as SDPA's mask, for a few scores."""
+    query, key, value, shapes = inputs.query, inputs.key, inputs.value, inputs.spatial_shapes
+    dtype = full_dtype(query)
+    if query.dtype != dtype:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    nearest, mirrored = nearest_cells(inputs.center, ignored, shapes, dtype)
+    outputs, start = [], 0
+    for s, cells in enumerate(grid_cells(shapes, dtype, query.device)):
+        behind = narrow(nearest, 3, s, 1) - cells  # [B, H or 1, N, height · width, 2]
+        bias = torch.linalg.vecdot(behind * narrow(inputs.precision, 3, s, 1), cells + narrow(mirrored, 3, s, 1))
+        mask = ignored[s]
+        if mask is not None:
+            bias = bias.masked_fill(mask[:, None, None], -torch.inf)
+        keys = cells.shape[0]
+        k, v = narrow(key, 2, start, keys), narrow(value, 2, start, keys)
+        output = scaled_dot_product_attention(query, k, v, bias, scale=inputs.scale)
+        outputs.append(output if mask is None else _zero_where(mask.all(1), output))
+        start += keys
+    return outputs
+
+
+def nearest_cells(
+    center: Tensor, ignored: list[Tensor | None], shapes: SpatialShapes, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """n and n - 2c [B, H or 1, N, S, 2] in `dtype`, with n the position of the valid cell nearest to the center c.
+
+    Seen from there nothing cancels, however far outside c lies or however narrow the prior is:
+
+        p (x - c)² = p (x - n) (x + n - 2c)  +  a constant of the row
+    """
+    if center.dtype != dtype:
+        center = center.to(dtype)
+    masks = [mask for mask in ignored if mask is not None]
+    first, last = grid_corners(shapes, dtype, center.device)
+    if masks:
+        middle = (last + 1).div(2, rounding_mode="floor")
+        low, high = valid_ranges(masks, shapes, dtype)
+        first, last = low + middle, high + middle
+    nearest = torch.clamp(center.round(), first, last)
+    return nearest, torch.add(nearest, center, alpha=-2)
+
+
+@lru_cache(maxsize=64)
+def grid_corners(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(x, y) of the first and the last cell of each grid, [S, 2] each."""
+    with torch.inference_mode(False):
+        last = torch.tensor([(width - 1, height - 1) for height, width in shapes], dtype=dtype, device=device)
+        return torch.zeros_like(last), last
+
+
+def narrow(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """`Tensor.narrow` that costs nothing where it is the whole tensor."""
+    return tensor if tensor.shape[dim] == length else tensor.narrow(dim, start, length)
+
+
+@lru_cache(maxsize=64)
+def grid_cells(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """(x, y) of every cell of each grid, row-major [height · width, 2]."""
+    with torch.inference_mode(False):
+        like = torch.empty(0, dtype=dtype, device=device)
+        return [torch.stack(cell_coordinates(*shape, like=like), -1) for shape in shapes]
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a compiler or a tensor subclass looks on, which tables kept between calls would confuse."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:
+    """O_s of each scale [B, H, N, D] by widened queries and keys, computed in `dtype`, with the inputs' dropout."""
+    query, shapes = inputs.query, inputs.spatial_shapes
+    batch, heads, queries, head_dim = query.shape
+    build = key_features.__wrapped__ if is_traced(query) else key_features
+    table = build(shapes, dtype, query.device)
+    features, lowest, highest = table.columns.expand(batch, heads, -1, -1), table.lowest, table.highest
+    ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    masks = [mask for mask in ignored if mask is not None]
+    if masks:
+        column = torch.cat(masks, 1)[:, None, :, None] * IGNORED_FEATURE[dtype]
+        features = torch.cat([column.to(dtype).expand(-1, heads, -1, -1), features[..., 1:]], -1)
+        lowest, highest = valid_ranges(masks, shapes, lowest.dtype)
+    coefficients = query_coefficients(inputs.center, inputs.precision, table, lowest, highest, dtype)
+    coefficients = coefficients.expand(-1, heads, -1, -1, -1)
+    q, k, v = query.to(dtype) * inputs.scale, inputs.key.to(dtype), inputs.value.to(dtype)
+    if head_dim % 8:  # fused kernels on a GPU want multiples of 8
+        q, k, v = (pad(tensor, (0, -head_dim % 8)) for tensor in (q, k, v))
+    q = torch.cat([coefficients, q.unsqueeze(3).expand(-1, -1, -1, len(shapes), -1)], -1)
+    # Products with fewer rows than 8 are summed in an order in which the terms are not exact.
+    q = pad(q, (0, 0, 0, 0, 0, -queries % 8))
+    # Fused kernels want keys and values of equal width: the values' surplus columns are whatever stands before them.
+    features_keys_values = torch.cat([features, k, v], -1)
+    k = features_keys_values.narrow(3, 0, q.shape[-1])
+    v = features_keys_values.narrow(3, k.shape[-1] - table.columns.shape[1], q.shape[-1])
+    outputs, start = [], 0
+    for s, keys in enumerate(inputs.keys_per_scale()):
+        k_s, v_s = k.narrow(2, start, keys), v.narrow(2, start, keys)
+        output = scaled_dot_product_attention(q.select(3, s), k_s, v_s, dropout_p=inputs.dropout_p, scale=1.0)
+        output = output[:, :, :queries, table.columns.shape[1] :][..., :head_dim]
+        outputs.append(_zero_where(masks[s].all(1), output) if masks else output)
+        start += keys
+    return outputs
+
+
+def _zero_where(empty: Tensor, output: Tensor) -> Tensor:
+    return output.masked_fill(empty[:, None, None, None], 0.0)

@@ -1,0 +1,73 @@
+"""The ptxas that Triton compiles with on Hopper (sm_90), and one to use instead where that is known to be wrong.
+
+Before 13.3, an asynchronous wgmma whose left operand is in registers may read registers that were already overwritten,
+and packed 16-bit additions lose an immediate (triton #9433, #11781, #11581): wrong numbers without an error. Triton
+comes with two: up to 3.8 it takes the older one for Hopper, from 3.9 on the newer one, which is new enough.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HOPPER = 90
+MIN_VERSION = (13, 3)
+
+
+@lru_cache(maxsize=1)
+def tools() -> tuple[Any, Any]:
+    """The tool that Triton takes for Hopper, and the newer of its two."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(HOPPER), knobs.nvidia.ptxas_blackwell
+
+
+def usable_tool() -> Any:
+    """The first of the tools that is right on Hopper, or None."""
+    return next((tool for tool in tools() if version_of(tool) >= MIN_VERSION), None)
+
+
+def version_of(tool: Any) -> tuple[int, ...]:
+    """Version of a tool as numbers: 13.3 is (13, 3)."""
+    return tuple(int(part) for part in tool.version.split("."))
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is a Hopper GPU."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why what Triton's ptxas makes for a device can't be trusted, or None if it can."""
+    if not is_hopper(device):
+        return None
+    if usable_tool() is not None:
+        return None
+    return (
+        f"compiles for Hopper with ptxas {tools()[0].version}, which computes wrong numbers there; needs ptxas "
+        f"{'.'.join(map(str, MIN_VERSION))} or newer: Triton ≥ 3.8, or TRITON_PTXAS_PATH"
+    )
+
+
+def right_compiler(device: torch.device) -> AbstractContextManager[None]:
+    """Let kernels that are first launched in this block be compiled by a ptxas that is right on the device."""
+    if not is_hopper(device):
+        return nullcontext()
+    tool = usable_tool()
+    return nullcontext() if tool is None or tool is tools()[0] else _ptxas(tool.path)
+
+
+@contextmanager
+def _ptxas(path: str) -> Iterator[None]:
+    from triton import knobs
+
+    with knobs.nvidia.scope():
+        knobs.nvidia.ptxas = path
+        yield

@@ -1,0 +1,74 @@
+"""The configuration of a detector, and the sizes of images that DETR's models are trained and evaluated with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides to choose from, in pixels
+MAX_SIZE = 1333  # pixels of the longest side
+NO_CLASS = "N/A"  # the name of a label that means nothing, as some of COCO's 91
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a detector is built from; every field is plain, so that it can be saved as JSON.
+
+    Attributes:
+        backbone: "resnet50", "resnet101" or "tiny".
+        dilation: dilated last stage (DC5), which then has stride 16; for ResNets.
+        strides: pixels per cell of every scale, ascending. A ResNet has 4, 8, 16 and 32, "tiny" has 8; from the
+            deepest it goes on by factors of 2.
+        encoder: kinds of self-attention blocks, such as "6intra" or "2intra+1multi+2intra".
+        share_self_attention, share_ffn: whether the scales have the encoder's weights in common.
+        hidden_dim: channels, a multiple of 4 and of num_heads.
+        num_heads: heads of every attention.
+        ffn_dim: hidden channels of every FFN.
+        decoder_layers: number of them.
+        num_queries: most objects that can be found in an image.
+        num_classes: labels 0…num_classes-1; 91 for COCO, whose ids have gaps.
+        modulation: "per_head", "shared", or "none" for plain DETR.
+        scale_type: "independent", "single" or "fixed".
+        scale_selection: weigh the scales per query.
+        geometry: "official" or "paper".
+        beta: β of the prior.
+        dropout: everywhere in the transformer.
+    """
+
+    backbone: str = "resnet50"
+    dilation: bool = False
+    strides: tuple[int, ...] = (32,)
+    encoder: str = "6intra"
+    share_self_attention: bool = True
+    share_ffn: bool = True
+    hidden_dim: int = 256
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    decoder_layers: int = 6
+    num_queries: int = 300
+    num_classes: int = 91
+    modulation: str = "per_head"
+    scale_type: str = "independent"
+    scale_selection: bool = True
+    geometry: str = "official"
+    beta: float = 8.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            allowed = {tuple: (tuple, list), float: (float, int)}.get(kind, (kind,))
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} must be a {kind.__name__}, got {value!r}")
+        object.__setattr__(self, "strides", tuple(self.strides))  # JSON has lists only
+        counts = ("hidden_dim", "num_heads", "ffn_dim", "decoder_layers", "num_queries", "num_classes")
+        for name in counts:
+            _check_count(name, getattr(self, name))
+        for stride in self.strides:
+            _check_count("strides", stride)
+        if self.hidden_dim % 4:
+            raise ValueError(f"hidden_dim must be a multiple of 4, got {self.hidden_dim}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be whole and at least 1, got {value!r}")

@@ -1,0 +1,1 @@
+"""Detection data in COCO's format: images, annotations, the dataset and its augmentation, and a set of digits."""

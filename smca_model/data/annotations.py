@@ -1,0 +1,103 @@
+"""Annotations in COCO's format: read from a file and checked, and as pycocotools takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .images import format_size
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """The images, categories and annotations of a file, checked; without masks, with every area and iscrowd.
+
+    Raises:
+        ValueError: for a file that can't be read or is not in COCO's format, naming the first entry that is wrong.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"annotations must be a file that can be read, got {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"annotations must be JSON, got {path}: {error}") from None
+    parts = ("images", "categories", "annotations")
+    if not isinstance(data, dict) or not all(isinstance(data.get(part), list) for part in parts):
+        raise ValueError(f"annotations must be a JSON object with the lists {', '.join(parts)}, got {path}")
+    fields = {
+        "images": {"id": int, "file_name": str, "height": int, "width": int},
+        "categories": {"id": int, "name": str},
+        "annotations": {"image_id": int, "category_id": int, "bbox": list},
+    }
+    for part, kinds in fields.items():
+        for place, entry in enumerate(data[part]):
+            for field, kind in kinds.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                    raise ValueError(
+                        f"{path}: {part}[{place}] must have {field} ({kind.__name__}), got {_short(entry)}"
+                    )
+    for part, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        values = [entry[field] for entry in data[part]]
+        if len(set(values)) < len(values):
+            repeated = [value for value, count in Counter(values).items() if count > 1]
+            raise ValueError(f"{path}: each {field} in {part} must be there once, repeated: {some_of(repeated)}")
+    for part in ("images", "categories"):
+        if not data[part]:
+            raise ValueError(f"{path}: {part} must not be empty")
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in data["images"]}
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    for annotation in data["annotations"]:
+        annotation.pop("segmentation", None)
+        _check_annotation(annotation, sizes, names, path)
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return {part: data[part] for part in parts}
+
+
+def _check_annotation(
+    annotation: dict[str, Any], sizes: dict[int, tuple[int, int]], names: dict[int, str], path: Path
+) -> None:
+    image, category, bbox = annotation["image_id"], annotation["category_id"], annotation["bbox"]
+    what = f"{path}: annotation {annotation.get('id', '')} of image {image}"
+    if image not in sizes:
+        raise ValueError(f"{what}: there is no image of that id")
+    if category not in names:
+        known = ", ".join(f"{number} {name}" for number, name in names.items())
+        raise ValueError(f"{what}: category_id must be one of the categories ({known}), got {category}")
+    if len(bbox) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox) or min(bbox[2:]) < 0:
+        raise ValueError(f"{what}: bbox must be [x, y, width, height] in pixels, got {bbox}")
+    x, y, width, height = bbox
+    rows, columns = sizes[image]
+    if min(width, height) > 0 and not (x < columns and y < rows and x + width > 0 and y + height > 0):
+        raise ValueError(
+            f"{what}: bbox [x, y, width, height] = {bbox} lies outside the image, {format_size(rows, columns)}"
+        )
+
+
+def make_coco(data: dict[str, Any]) -> COCO:
+    """pycocotools' object for a dict in COCO's format, without what it would print."""
+    from pycocotools.coco import COCO  # what evaluates needs it, what detects does not
+
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def some_of(values: Sequence[object], shown: int = 5) -> str:
+    """The first values of a list, for a message."""
+    return ", ".join(map(str, values[:shown])) + (", …" if len(values) > shown else "")
+
+
+def _short(entry: object, length: int = 200) -> str:
+    text = json.dumps(entry)
+    return text if len(text) <= length else text[:length] + "…"

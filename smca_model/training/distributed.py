@@ -1,0 +1,80 @@
+"""The processes of one training run, one a device, as torchrun starts them; without torchrun there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the processes that torchrun started (NCCL, or gloo without GPUs), and give this process's device."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    device = device or torch.device("cpu")
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 without torchrun. Process 0 alone writes files and speaks."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Each number summed over all processes."""
+    if not dist.is_initialized():
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    result: list[float] = total.tolist()
+    return result
+
+
+def largest(number: float, device: torch.device) -> float:
+    """The largest of a number that each process has."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def joined(parts: list[Any]) -> list[Any]:
+    """The lists of all processes, one after the other."""
+    if not dist.is_initialized():
+        return parts
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, parts)
+    return [item for each in found for item in each]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def log(line: str) -> None:
+    """Print a line in process 0 alone, above the progress bar."""
+    if rank() == 0:
+        from tqdm import tqdm
+
+        tqdm.write(line)

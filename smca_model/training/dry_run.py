@@ -1,0 +1,90 @@
+"""`smca train --dry-run`: what a run will take in time and memory, from a few of its steps."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import distributed
+from .engine import Trainer, epoch_batches
+from .setup import arithmetic, build_model, count_steps, open_data
+
+if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
+    from ..data.coco import CocoDetection
+    from .settings import Settings
+
+MEASURED_STEPS, WARM_UP_STEPS = 10, 3
+
+
+def dry_run(settings: Settings) -> dict[str, float]:
+    """Run a few steps without writing anything, and report what the whole run will take.
+
+    Returns:
+        steps; seconds_per_step and loading_seconds_per_step (medians; loading is the part of it that waited for
+        data); projected_hours of all steps, without evaluations; peak_bytes of a step, and largest_peak_bytes of
+        a batch of the largest images that resizing can give, with 100 boxes each (on a CPU, of the whole process).
+    """
+    with distributed.process_group() as device, arithmetic(settings, device):
+        train_set, _ = open_data(settings)
+        steps_per_epoch = count_steps(settings, len(train_set))
+        model = build_model(settings, len(train_set.classes), from_weights=False, device=device)
+        trainer = Trainer(model, settings, steps_per_epoch)
+        loading, stepping = [], []
+        began = time.perf_counter()
+        for micro_batches in islice(epoch_batches(train_set, trainer), WARM_UP_STEPS + MEASURED_STEPS):
+            loaded = time.perf_counter()
+            trainer.train_step(micro_batches)
+            loading.append(loaded - began)
+            stepping.append(time.perf_counter() - began)
+            began = time.perf_counter()
+        peak = _peak_bytes(device)
+        height, width = largest_size(train_set)
+        boxes = torch.full((100, 4), 0.5, device=device)
+        target = {"boxes": boxes, "labels": torch.zeros(100, dtype=torch.int64), "image_id": "largest"}
+        target |= {"dropped_boxes": 0}
+        largest = [torch.zeros(3, height, width)] * settings.batch_size, [target] * settings.batch_size
+        trainer.train_step([largest] * settings.accumulate)
+        seconds = statistics.median(stepping[WARM_UP_STEPS:] or stepping)
+        return {
+            "steps": settings.epochs * steps_per_epoch,
+            "seconds_per_step": seconds,
+            "loading_seconds_per_step": statistics.median(loading[WARM_UP_STEPS:] or loading),
+            "projected_hours": settings.epochs * steps_per_epoch * seconds / 3600,
+            "peak_bytes": peak,
+            "largest_peak_bytes": _peak_bytes(device),
+        }
+
+
+def largest_size(dataset: CocoDetection) -> tuple[int, int]:
+    """(height, width) of the largest batch after resizing, which may hold the highest and the widest image."""
+    short = max(dataset.sizes)
+    scales = [min(short / min(size), dataset.max_size / max(size)) for size in dataset.orig_sizes]
+    height, width = (
+        max(round(size[axis] * scale) for size, scale in zip(dataset.orig_sizes, scales, strict=True))
+        for axis in (0, 1)
+    )
+    return height, width
+
+
+def format_dry_run(found: dict[str, float]) -> str:
+    """The report of `dry_run`, in words."""
+    step, loading = found["seconds_per_step"], found["loading_seconds_per_step"]
+    peak, largest = (found[name] / 2**30 for name in ("peak_bytes", "largest_peak_bytes"))
+    return (
+        f"{step:.3f} s a step, {loading:.3f} s of them waiting for data\n"
+        f"{found['steps']:.0f} steps: {found['projected_hours']:.2f} h, and the evaluations\n"
+        f"peak memory {peak:.2f} GiB, {largest:.2f} GiB with a batch of the largest images"
+    )
+
+
+def _peak_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

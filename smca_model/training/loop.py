@@ -1,0 +1,177 @@
+"""A training run: AdamW on the weighted losses of every decoder layer, learning rate ÷ 10 once, as the paper trains.
+
+A run is a folder: checkpoint.pt (where it stands), model.safetensors (the weights to use, those of the moving average
+if there is one), metrics.jsonl and tensorboard/. A run that is stopped anywhere and resumed gives the same weights;
+engine.py tells why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Subset
+
+from . import checkpoint, distributed
+from .distributed import log
+from .engine import Trainer, epoch_batches
+from .metrics import Metrics, read_metrics
+from .setup import arithmetic, build_model, count_steps, images_per_step, open_data
+from .signals import Stopped, StopSignals
+
+if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
+    from ..data.coco import CocoDetection
+    from .settings import Settings
+
+# Settings that may differ from those of the run that is resumed; the others decide about its numbers.
+CHANGEABLE = {"data", "out", "epochs", "lr_drop", "workers", "eval_every", "save_minutes", "log_every", "backend"}
+
+
+def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
+    """Train to the last epoch, evaluating on the way; in every process of torchrun, or in one without it.
+
+    Args:
+        settings: of the run; with `resume`, they may differ from the checkpoint's in what `CHANGEABLE` names.
+        resume: go on from the checkpoint in `settings.out`.
+
+    Returns:
+        The run's evaluations, as `read_metrics` has them; nothing in processes other than 0.
+
+    Raises:
+        ValueError: for settings, data or a checkpoint that don't fit; before any work.
+        TrainingError: when a loss or gradient is not finite.
+        Stopped: on SIGINT or SIGTERM, after the checkpoint is written; on a second one at once.
+    """
+    if not settings.out:
+        raise ValueError("out must be a folder for the run, got ''")
+    out = Path(settings.out)
+    with distributed.process_group() as device, StopSignals() as stop, arithmetic(settings, device):
+        train_set, val_set = open_data(settings)
+        steps_per_epoch = count_steps(settings, len(train_set))
+        state = checkpoint.load(out / "checkpoint.pt") if resume else None
+        if state is None and (out / "checkpoint.pt").exists():
+            raise ValueError(f"out must be a folder without a run, but {out} holds one; go on with --resume {out}")
+        facts = {"classes": list(train_set.classes), "images": len(train_set), "step_images": images_per_step(settings)}
+        if state is not None:
+            _check_continues(state, settings, facts)
+        model = build_model(settings, len(train_set.classes), from_weights=state is None, device=device)
+        trainer = Trainer(model, settings, steps_per_epoch)
+        if state is not None:
+            trainer.load_state(state)
+        metrics = None
+        if distributed.rank() == 0:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"out must be a folder that can be made, got {out} ({error.strerror})") from None
+            metrics = Metrics(out, trainer.step)
+            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            log(
+                f"{settings.preset}, {parameters / 1e6:.1f} M trained parameters, on {distributed.world_size()} × "
+                f"{device.type}; {len(train_set)} images, {len(train_set.classes)} classes, {steps_per_epoch} steps "
+                "an epoch"
+            )
+            if train_set.degenerate_boxes:
+                log(f"{train_set.degenerate_boxes} boxes have no width or height and are left out")
+
+        def save() -> None:
+            if metrics is not None:
+                checkpoint.save(
+                    out / "checkpoint.pt", {"settings": asdict(settings), "facts": facts, **trainer.state()}
+                )
+
+        _train_epochs(trainer, train_set, val_set, metrics, save, stop)
+        return [line for line in read_metrics(out) if "AP" in line] if metrics is not None else []
+
+
+def _train_epochs(
+    trainer: Trainer,
+    train_set: CocoDetection,
+    val_set: CocoDetection,
+    metrics: Metrics | None,
+    save: Callable[[], None],
+    stop: StopSignals,
+) -> None:
+    from tqdm import tqdm
+
+    settings, per_epoch = trainer.settings, trainer.steps_per_epoch
+    steps = settings.epochs * per_epoch
+    bar = tqdm(
+        total=steps, initial=trainer.step, desc=settings.preset, unit="step", smoothing=0, disable=metrics is None
+    )
+    with bar:
+        if trainer.step and trainer.step % per_epoch == 0:  # stopped before or in an evaluation
+            _evaluate_if_due(trainer, val_set, metrics, stop)
+        saved = time.monotonic()
+        while trainer.step < steps:
+            window: list[dict[str, float]] = []
+            began = time.perf_counter()
+            for micro_batches in epoch_batches(train_set, trainer):
+                window.append(trainer.train_step(micro_batches))
+                began, took = time.perf_counter(), time.perf_counter() - began
+                trainer.seconds += took
+                window[-1]["seconds_per_step"] = took
+                bar.update()
+                if trainer.step % settings.log_every == 0 or trainer.step % per_epoch == 0:
+                    line = _averaged(window, trainer.device)
+                    window = []
+                    bar.set_postfix(epoch=(trainer.step - 1) // per_epoch + 1, loss=f"{line['loss']:.3f}")
+                    if metrics is not None:
+                        metrics.write("train", {"step": trainer.step, "seconds": trainer.seconds, **line})
+                stopped = int(distributed.largest(stop.number, trainer.device))
+                late = time.monotonic() - saved > 60 * settings.save_minutes
+                if stopped or late or trainer.step % per_epoch == 0:
+                    save()
+                    saved = time.monotonic()
+                if stopped:
+                    raise Stopped(stopped)
+            _evaluate_if_due(trainer, val_set, metrics, stop)
+
+
+def _averaged(window: list[dict[str, float]], device: torch.device) -> dict[str, float]:
+    """Means over steps and processes."""
+    sums = [sum(step[name] for step in window) for name in window[0]]
+    count = len(window) * distributed.world_size()
+    return {n: total / count for n, total in zip(window[0], distributed.summed(sums, device), strict=True)}
+
+
+def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics | None, stop: StopSignals) -> None:
+    """After every eval_every-th epoch and the last: the weights, and AP from each process's part of the images."""
+    from .. import weights
+    from ..evaluate import average_precision, detect_all
+
+    settings, model = trainer.settings, trainer.trained_model
+    epoch = trainer.step // trainer.steps_per_epoch
+    if epoch < settings.epochs and (settings.eval_every == 0 or epoch % settings.eval_every):
+        return
+    if metrics is not None:
+        weights.save(model, Path(settings.out) / "model.safetensors", val_set.classes)
+    mine: Any = Subset(val_set, range(distributed.rank(), len(val_set), distributed.world_size()))
+    mine.classes, mine.category_ids = val_set.classes, val_set.category_ids
+    with stop.stopping_at_once():
+        detections, _ = detect_all(
+            model,
+            mine,
+            batch_size=settings.batch_size,
+            device=trainer.device,
+            workers=settings.workers,
+            progress=metrics is not None,
+        )
+        detections = distributed.joined(detections)
+        if metrics is not None:
+            numbers, _ = average_precision(val_set.coco, detections)
+            metrics.write("val", {"step": trainer.step, "seconds": trainer.seconds, "epoch": epoch, **numbers})
+            log(f"epoch {epoch}: AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}")
+
+
+def _check_continues(state: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> None:
+    """Raise ValueError where the run that a checkpoint is of could not go on as it began."""
+    before, now = {**state["settings"], **state["facts"]}, {**asdict(settings), **facts}
+    changed = [n for n in now if n not in CHANGEABLE and now[n] != before[n]]
+    if changed:
+        differences = "; ".join(f"{n} {before[n]} there, {now[n]} here" for n in changed)
+        raise ValueError(f"a resumed run must have what its checkpoint was made with, got {differences}")

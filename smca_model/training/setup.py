@@ -1,0 +1,93 @@
+"""The start of a run: its data, its model, its arithmetic, and how many steps it has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..presets import build
+from . import distributed
+from .seeds import INITIAL_WEIGHTS, derived_seed
+
+if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
+    from ..data.coco import CocoDetection
+    from ..detector import SMCA
+    from .settings import Settings
+
+
+def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
+    """The training and the validation images, with one list of classes."""
+    from ..data.coco import CocoDetection, find_split
+
+    folder = Path(settings.data)
+    sizes: dict[str, Any] = {"sizes": settings.sizes, "max_size": settings.max_size}
+    train_split, val_split = (find_split(folder, split) for split in ("train", "val"))
+    train_set = CocoDetection(
+        *train_split, train=True, flip=settings.flip, crop=settings.crop, seed=settings.seed, **sizes
+    )
+    return train_set, CocoDetection(*val_split, train=False, classes=train_set.classes, **sizes)
+
+
+def build_model(settings: Settings, num_classes: int, *, from_weights: bool, device: torch.device) -> SMCA:
+    """The preset's model on its device, the same in every process; `from_weights` fetches those it starts from."""
+    from .. import weights
+
+    torch.manual_seed(derived_seed(settings.seed, INITIAL_WEIGHTS))
+    overrides = settings.model_overrides()
+    model = build(settings.preset, num_classes, backend=settings.backend, **overrides)
+    wanted = settings.pretrained_backbone
+    if from_weights and (model.config.backbone != "tiny" if wanted is None else wanted):
+        # Process 0 fetches the file, the others find it in the cache.
+        for turn in (True, False):
+            if turn == (distributed.rank() == 0):
+                torch.manual_seed(derived_seed(settings.seed, INITIAL_WEIGHTS))
+                model = build(
+                    settings.preset, num_classes, backend=settings.backend, pretrained_backbone=True, **overrides
+                )
+            distributed.barrier()
+    model.image_size = (max(settings.sizes), settings.max_size)
+    if from_weights and settings.detr_weights:
+        distributed.log(str(weights.load_detr(model, settings.detr_weights)))
+    return model.to(device)
+
+
+def images_per_step(settings: Settings) -> int:
+    """How many images one step of the optimiser sees, over all processes."""
+    return settings.batch_size * settings.accumulate * distributed.world_size()
+
+
+def count_steps(settings: Settings, images: int) -> int:
+    """The steps of an epoch on that many images.
+
+    Raises:
+        ValueError: when there are too few for one.
+    """
+    steps = images // images_per_step(settings)
+    if not steps:
+        raise ValueError(
+            f"batch_size must leave a step of at most the {images} training images, got a step of "
+            f"{images_per_step(settings)}: batch_size {settings.batch_size} × accumulate {settings.accumulate} × "
+            f"{distributed.world_size()} processes"
+        )
+    return steps
+
+
+@contextlib.contextmanager
+def arithmetic(settings: Settings, device: torch.device) -> Iterator[None]:
+    """TF32 and deterministic algorithms as the settings say, and as they were afterwards."""
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    if settings.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,135 @@
+"""`smca demo`, the detector's part: what it leaves behind, and that it leaves nothing half done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for package in (
+    "matplotlib",
+    "pycocotools",
+    "safetensors",
+    "scipy",
+    "skimage",
+    "sklearn",
+    "tensorboard",
+    "torchvision",
+):
+    pytest.importorskip(package)
+
+from smca_kernels.tools import cli  # noqa: E402
+from smca_kernels.tools import demo as layer_demo  # noqa: E402
+from smca_model.demo import learning  # noqa: E402
+from smca_model.presets import build  # noqa: E402
+from smca_model.training.engine import Trainer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps on a handful of scenes, after an operator's part that does nothing."""
+    monkeypatch.setattr(learning, "TRAIN_SCENES", 8)
+    monkeypatch.setattr(learning, "VAL_SCENES", 3)
+    monkeypatch.setattr(learning, "WITH_ATTENTION", 1)
+    monkeypatch.setattr(learning, "SCORE", 0.0)
+    training = {"batch_size": 4, "epochs": 1, "lr_drop": 1, "lr": 1e-4}
+    monkeypatch.setattr(learning, "TRAINING", {"cpu": training, "cuda": training})
+    monkeypatch.setattr(layer_demo, "run", lambda args: args.out.mkdir(exist_ok=True) or 0)
+
+
+def test_compare_trains_both_and_leaves_weights_curves_and_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "detector").mkdir(parents=True)
+    (out / "detector" / "of_an_earlier_demo").touch()
+    assert cli.main(["demo", "--out", str(out), "--compare"]) == 0
+    assert [path.name for path in out.iterdir()] == ["detector"]
+    left = {path.name for path in (out / "detector").iterdir()}
+    (attention,) = (name for name in left if name.startswith("attention_"))
+    pictures = {attention, "detections.png", "learning.png"}
+    assert left == {"data", "smca-tiny", "detr-tiny", "results.json", *pictures}
+    results = json.loads((out / "detector" / "results.json").read_text())
+    assert {"smca-tiny", "detr-tiny"} == results["evaluations"].keys()
+    assert "AP50" in results["evaluations"]["smca-tiny"][-1]
+    told = capsys.readouterr().out
+    assert "smca-tiny: AP 0." in told
+    command = told[told.index("smca eval") :].split("\n")[0]
+    assert cli.main(command.split()[1:]) == 0
+
+
+def test_the_twin_differs_in_the_prior_alone() -> None:
+    smca, detr = (build(preset, 10).config for preset in ("smca-tiny", "detr-tiny"))
+    assert (smca.modulation, detr.modulation) == ("per_head", "none")
+    assert {**vars(smca), "modulation": ""} == {**vars(detr), "modulation": ""}
+
+
+def test_another_number_of_epochs_drops_the_learning_rate_at_the_same_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "TRAINING", {"cpu": {"epochs": 6, "lr_drop": 4, "lr": 1e-4}})
+    longer = learning.settings_for("detr-tiny", Path("data"), Path("out"), "cpu", 0, epochs=9)
+    assert (longer.epochs, longer.lr_drop) == (9, 6)
+
+
+def test_an_interrupted_demo_says_so_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Trainer.train_step
+
+    def interrupt(self: Trainer, batches: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    out = tmp_path / "out"
+    (out / "detector").mkdir(parents=True)
+    (out / "detector" / "of_an_earlier_demo").touch()
+    assert cli.main(["demo", "--out", str(out)]) == 130
+    assert "interrupted: nothing of the detector was kept" in capsys.readouterr().err
+    assert [path.relative_to(out).as_posix() for path in out.rglob("*")] == ["detector", "detector/of_an_earlier_demo"]
+
+
+def test_the_detector_is_left_out_where_the_operator_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_demo, "run", lambda args: 1)
+    monkeypatch.setattr(learning, "run_detector", lambda *a, **k: pytest.fail("the detector was trained"))
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "needs scikit-learn: pip install 'smca_kernels[model,demo]'" in capsys.readouterr().err
+
+
+def test_the_number_of_threads_is_the_fastest_and_put_back_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("threads matter on a CPU")
+    before = torch.get_num_threads()
+    trained_with: list[int] = []
+    real = Trainer.train_step
+
+    def train_step(self: Trainer, batches: Any) -> dict[str, float]:
+        trained_with.append(torch.get_num_threads())
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    # As on a busy machine: the more threads, the slower.
+    monkeypatch.setattr(learning, "interleaved_times", lambda *_: {"step": [float(torch.get_num_threads())]})
+    torch.set_num_threads(2)
+    try:
+        learning.run_detector(tmp_path, compare=False, seed=1)
+        assert trained_with == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert "2: 2.00 s a step, 1: 1.00 s a step; 1 it is" in capsys.readouterr().out
