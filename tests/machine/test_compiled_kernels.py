@@ -45,6 +45,7 @@ COMPILED = [
 PRIORS = [(80, "float32", 0), (80, "float16", 1), (90, "bfloat16", 2), (90, "float32", 3), (90, "float16", 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "dtype", "compiled_case"),
     [pytest.param(*each, id=f"sm_{each[0]} {each[1]}, {each[2].case.name}") for each in COMPILED],
