@@ -266,7 +266,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def attention_of_one(
     layer: SpatiallyModulatedCoAttention, scene: Scene, photographs: Sequence[Photograph]
 ) -> list[tuple[tuple[float, float], QueryAttention]]:
-    """For each photograph the query nearest to its point: where that is, in pixels, and what it attends to."""
+    """Find the query nearest to each photograph's point: where it is, in pixels, and what it attends to."""
     import torch
 
     points = scene.reference_logits.sigmoid().cpu()  # [B, N, 2]

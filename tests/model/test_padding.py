@@ -1,4 +1,4 @@
-"""How far padding reaches into the backbones' maps."""
+"""The reach of padding into the backbones' maps."""
 
 from __future__ import annotations
 
