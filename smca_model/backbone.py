@@ -118,6 +118,23 @@ def build_backbone(
     return TinyNet()
 
 
+@torch.no_grad()
+def set_norm_statistics(backbone: nn.Module, images: Tensor) -> None:
+    """Give a backbone's frozen batch norms, if it has any, the statistics of images [B, 3, height, width].
+
+    Without them features of random weights would die out or explode.
+    """
+
+    def take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        norm.running_var, norm.running_mean = torch.var_mean(inputs[0], (0, 2, 3))
+
+    norms = [module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(take_statistics) for norm in norms]
+    backbone(images)
+    for hook in hooks:
+        hook.remove()
+
+
 def _outputs(wanted: Sequence[int], available: Sequence[int]) -> list[int]:
     """The strides of the maps to return: those wanted, and the deepest where a deeper one is wanted."""
     deepest = max(available)

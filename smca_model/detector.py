@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class SMCA(nn.Module):
         self.image_size = COCO_IMAGE_SIZE
         dim, strides = config.hidden_dim, config.strides
         self.backbone = build_backbone(config.backbone, strides, config.dilation, pretrained_backbone)
-        self.input_proj = nn.ModuleList(_projections(self.backbone.channels, strides, dim))
+        self.input_proj = nn.ModuleList(build_projections(self.backbone.channels, strides, dim))
         self.scale_embed = nn.Embedding(len(strides), dim) if len(strides) > 1 else None
         self.encoder = Encoder(
             encoder_kinds(config.encoder),
@@ -124,10 +124,10 @@ class SMCA(nn.Module):
         """
         _check_images(images)
         image_sizes = [(image.shape[1], image.shape[2]) for image in images]
-        return self.detect(self.backbone(_pad(images)), image_sizes)
+        return self.detect(self.backbone(pad_images(images)), image_sizes)
 
     def detect(self, maps: Mapping[int, Tensor], image_sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """What follows the backbone: its maps to detections, whatever stands in their padded cells.
+        """Turn the backbone's maps into detections, whatever stands in their padded cells.
 
         Args:
             maps: {stride: [B, channels, height, width]} as the backbone returns.
@@ -155,16 +155,11 @@ class SMCA(nn.Module):
 
     def _tokens(self, maps: Mapping[int, Tensor], image_sizes: Sequence[tuple[int, int]]) -> _Tokens:
         tokens, positions, ignored, spatial_shapes, valid_shapes = [], [], [], [], []
-        # Zeroed before every convolution, so that what a backbone leaves in the padding goes no further.
-        maps = {stride: _zeroed(features, stride, image_sizes)[0] for stride, features in maps.items()}
-        coarsest = maps[max(maps)]
-        for s, (stride, projection) in enumerate(zip(self.config.strides, self.input_proj, strict=True)):
-            features = projection(maps.get(stride, coarsest))
-            features, padding = _zeroed(features, stride, image_sizes)
-            if stride not in maps:
-                coarsest = features
+        strides = self.config.strides
+        projected = project_maps(self.input_proj, strides, maps, image_sizes)
+        for s, (stride, (features, padding)) in enumerate(zip(strides, projected, strict=True)):
             spatial_shape = (features.shape[2], features.shape[3])
-            valid_shape = torch.tensor(_valid(image_sizes, stride), device=features.device)
+            valid_shape = torch.tensor(valid_cells(image_sizes, stride), device=features.device)
             encoding = sine_position_encoding(spatial_shape, valid_shape, self.config.hidden_dim).to(features.dtype)
             if self.scale_embed is not None:
                 encoding = encoding + self.scale_embed.weight[s]
@@ -208,8 +203,30 @@ def postprocess(
     ]
 
 
-def _projections(channels: Mapping[int, int], strides: Sequence[int], dim: int) -> list[nn.Module]:
-    """1×1 for a stride of the backbone; beyond its deepest 3×3 with stride 2, from the map before."""
+def pad_images(images: Sequence[Tensor]) -> Tensor:
+    """[B, 3, H, W], zeros below and to the right of each image."""
+    height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
+    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+
+
+def valid_cells(image_sizes: Sequence[tuple[int, int]], stride: int) -> list[tuple[int, int]]:
+    """(height, width) in cells of each image: a convolution with stride 2 and padding halves a size and rounds up."""
+    return [(-(-height // stride), -(-width // stride)) for height, width in image_sizes]
+
+
+def build_projections(channels: Mapping[int, int], strides: Sequence[int], dim: int) -> list[nn.Module]:
+    """The convolutions that bring a backbone's maps to `dim` channels, one a scale.
+
+    1×1 for a stride of the backbone; beyond its deepest 3×3 with stride 2, from the map before.
+
+    Args:
+        channels: {stride: channels} of the backbone's maps.
+        strides: those wanted, ascending.
+        dim: channels wanted.
+
+    Raises:
+        ValueError: for strides that don't go on from the backbone's.
+    """
     previous, inputs = max(channels), channels[max(channels)]
     projections: list[nn.Module] = []
     for stride in strides:
@@ -224,6 +241,36 @@ def _projections(channels: Mapping[int, int], strides: Sequence[int], dim: int) 
                 f"each, got {tuple(strides)}"
             )
     return projections
+
+
+def project_maps(
+    projections: Iterable[nn.Module],
+    strides: Sequence[int],
+    maps: Mapping[int, Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Project a backbone's maps to the scales, 0 in padded cells whatever stands there.
+
+    Args:
+        projections: of `build_projections`.
+        strides: of the scales.
+        maps: {stride: [B, channels, height, width]} as the backbone returns.
+        image_sizes: (height, width) of each image in pixels, without padding.
+
+    Returns:
+        For each scale its map [B, dim, height, width], and which of its cells are padding [B, height, width]; None if
+        none is.
+    """
+    # Zeroed before every convolution, so that what a backbone leaves in the padding goes no further.
+    maps = {stride: _zeroed(features, stride, image_sizes)[0] for stride, features in maps.items()}
+    coarsest = maps[max(maps)]
+    projected = []
+    for stride, projection in zip(strides, projections, strict=True):
+        features, padding = _zeroed(projection(maps.get(stride, coarsest)), stride, image_sizes)
+        if stride not in maps:
+            coarsest = features
+        projected.append((features, padding))
+    return projected
 
 
 def _check_images(images: Sequence[Tensor]) -> None:
@@ -244,21 +291,10 @@ def _check_images(images: Sequence[Tensor]) -> None:
             )
 
 
-def _pad(images: Sequence[Tensor]) -> Tensor:
-    """[B, 3, H, W], zeros below and to the right of each image."""
-    height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
-    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
-
-
-def _valid(image_sizes: Sequence[tuple[int, int]], stride: int) -> list[tuple[int, int]]:
-    """(height, width) in cells of each image: a convolution with stride 2 and padding halves a size and rounds up."""
-    return [(-(-height // stride), -(-width // stride)) for height, width in image_sizes]
-
-
 def _zeroed(features: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
     """Features [B, C, h, w] with 0 in padded cells, and those cells [B, h, w]; None if there are none."""
     height, width = features.shape[2:]
-    valid = _valid(image_sizes, stride)
+    valid = valid_cells(image_sizes, stride)
     if all(shape == (height, width) for shape in valid):
         return features, None
     heights, widths = torch.tensor(valid, device=features.device).unbind(1)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
-from .backbone import build_backbone
+from .backbone import build_backbone, set_norm_statistics
 from .data.images import normalize
 
 SIDE, PADDING = 480, 240  # pixels
@@ -45,20 +44,6 @@ def change_beside_padding(backbone: nn.Module, stride: int, image: Tensor, paddi
     return change
 
 
-@torch.no_grad()
-def set_norms(backbone: nn.Module, image: Tensor) -> None:
-    """Give the frozen batch norms of a backbone, if it has any, the statistics of an image [1, 3, height, width]."""
-
-    def take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        norm.running_var, norm.running_mean = torch.var_mean(inputs[0], (0, 2, 3))
-
-    norms = [module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(take_statistics) for norm in norms]
-    backbone(image)
-    for hook in hooks:
-        hook.remove()
-
-
 def main() -> None:
     """Print the table."""
     import skimage.data
@@ -68,7 +53,7 @@ def main() -> None:
     print(f"Change of features beside {PADDING} pixels of padding, in columns of cells, outermost first")
     for name, backbone, stride, dilation in BACKBONES:
         network = build_backbone(backbone, (stride,), dilation).eval()
-        set_norms(network, image)
+        set_norm_statistics(network, image)
         change = change_beside_padding(network, stride, image, PADDING)
         print(f"{name:29}", *(f"{part:6.1%}" for part in change if part >= MIN_CHANGE))
 

@@ -1,4 +1,4 @@
-"""Where a cell is in its image: DETR's sine encoding."""
+"""DETR's sine encoding of where a cell is in its image."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ _OFFICIAL_HEADS = 8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint.
+    """The outcome of loading a checkpoint.
 
     Attributes:
         used: its names that were copied.
@@ -145,7 +145,7 @@ def load_official(
 ) -> SMCA:
     """The single-scale detector of a checkpoint of the authors' code, in evaluation mode.
 
-    Sizes, backbone and scale type (their type1, type2, type3) are told from the parameters. The labels are COCO's
+    Sizes, backbone and scale type (their type1, type2, type3) follow from the parameters. The labels are COCO's
     category ids, and the names of those become `classes` where there are 91 or 92 logits, as the authors have.
 
     Args:

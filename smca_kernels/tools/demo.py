@@ -1,165 +1,68 @@
-"""`smca demo`: the SMCA layer on two photographs, checked against naive PyTorch, timed, and drawn.
+"""The layer's part of `smca demo`, on photographs that are feature maps already: parity, time and memory, pictures.
 
-Photographs → resize, normalise, pad as detectors do → ResNet-50 → maps at strides 16, 32 and 64 → the layer
-with 300 queries on a grid of reference points. Nothing is trained but (if its weights can be had) the ResNet.
-A query's content is the map under its reference point, and keys are projected as queries are, so that q·k
-compares appearance.
+`make_scene` puts 300 queries on a grid of reference points. A query's content is the map under its point, and keys are
+projected as queries are, so that q·k compares appearance. `show` checks every backend against naive PyTorch, times it,
+and draws where one query of each photograph looks. Nothing is trained.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import importlib.util
 import json
 import statistics
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import replacing, write_text
-from smca_kernels.pictures import EXPLANATION, MEAN, POINT_COLOR, STD, QueryAttention, displayable, draw_heads, window
+from smca_kernels.pictures import (
+    EXPLANATION,
+    POINT_COLOR,
+    QueryAttention,
+    displayable,
+    draw_heads,
+    window,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torchvision.models import ResNet
 
     from smca_kernels.nn import SpatiallyModulatedCoAttention, SpatialPriorOutput
     from smca_kernels.testing.cases import CaseInputs
 
-STRIDES = (16, 32, 64)
 EMBED_DIM, HEADS = 256, 8
 QUERY_ROWS, QUERY_COLUMNS = 15, 20
 QUERIES = QUERY_ROWS * QUERY_COLUMNS
-# scikit-image ships these inside its package. The picture shows the query nearest to the point (x, y)
-# (in parts of width and height).
-PHOTOGRAPHS = {"astronaut": (0.43, 0.24), "coffee": (0.47, 0.36)}
-SHORT_SIDE = {"cuda": 800, "cpu": 512}
-MAX_SIDE = 1333
-DOWNLOAD_SECONDS = 45
 REPEATS = {"cuda": 50, "cpu": 5}
-SEED = 0
-
-
-# -------------------------------------------------------------------------------- photographs to feature maps
-
-
-def load_photographs(names: list[str], short_side: int) -> list[Tensor]:
-    """Photographs [3, height, width] as detectors take them: short side given, long ≤ 1333, normalised."""
-    import skimage.data
-    import torch
-    from torchvision.transforms import v2
-
-    transform = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize(short_side, max_size=MAX_SIDE, antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
-    return [transform(getattr(skimage.data, name)()).as_subclass(torch.Tensor) for name in names]
-
-
-def pad_batch(images: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Images [3, h, w] at the top left of a batch [B, 3, H, W] of zeros, and their (height, width) [B, 2]."""
-    import torch
-
-    sizes = torch.tensor([image.shape[-2:] for image in images])
-    height, width = sizes.amax(0).tolist()
-    batch = images[0].new_zeros(len(images), 3, height, width)
-    for padded, image in zip(batch, images, strict=True):
-        padded[:, : image.shape[-2], : image.shape[-1]] = image
-    return batch, sizes
-
-
-def valid_cells(image_sizes: Tensor) -> Tensor:
-    """(height, width) in cells of the part of each grid that is image: [B, 2] pixels → [B, S, 2]."""
-    import torch
-
-    strides = torch.tensor(STRIDES)[:, None]
-    return (image_sizes[:, None] + strides - 1) // strides
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    import socket
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def build_resnet50() -> tuple[ResNet, str]:
-    """torchvision's ResNet-50, with ImageNet weights if they can be had soon, and a line that says which."""
-    from torchvision.models import ResNet50_Weights, resnet50
-
-    found: dict[str, Any] = {}
-
-    def download() -> None:
-        try:
-            with _socket_timeout(5.0):
-                weights = ResNet50_Weights.IMAGENET1K_V1
-                found["state"] = weights.get_state_dict(progress=False, check_hash=True)
-        except Exception as error:  # no network, a proxy's page instead, a full disk: random ones will do
-            found["reason"] = str(getattr(error, "reason", error))
-
-    # In a thread, because name resolution and a trickling connection obey no timeout.
-    thread = threading.Thread(target=download, daemon=True)
-    thread.start()
-    thread.join(DOWNLOAD_SECONDS)
-    model = resnet50()
-    if "state" in found:
-        model.load_state_dict(found["state"])
-        return model.eval(), "ResNet-50 with ImageNet weights"
-    reason = found.get("reason", f"nothing after {DOWNLOAD_SECONDS} s")
-    line = f"ResNet-50 with RANDOM weights: the ImageNet weights could not be downloaded ({reason})"
-    # Batch norm has no statistics yet; in training mode it takes those of the batch.
-    return model.train(), line
-
-
-def feature_maps(resnet: ResNet, batch: Tensor) -> list[Tensor]:
-    """Maps [B, 256, height, width] at strides 16, 32 and 64, normalised at every cell."""
-    import torch
-    from torch import nn
-
-    stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2)
-    projections = nn.ModuleList(
-        [
-            nn.Conv2d(1024, EMBED_DIM, kernel_size=1),
-            nn.Conv2d(2048, EMBED_DIM, kernel_size=1),
-            nn.Conv2d(2048, EMBED_DIM, kernel_size=3, stride=2, padding=1),
-        ]
-    ).to(batch.device)
-    with torch.no_grad():
-        c4 = resnet.layer3(stem(batch))
-        c5 = resnet.layer4(c4)
-        maps = [project(features) for project, features in zip(projections, (c4, c5, c5), strict=True)]
-        return [nn.functional.layer_norm(m.movedim(1, -1), (EMBED_DIM,)).movedim(-1, 1) for m in maps]
+PRIOR_PIXELS = 1200  # width of the picture of the prior
 
 
 # ----------------------------------------------------------------------------------------- the layer's inputs
 
 
 @dataclass(frozen=True)
+class Photograph:
+    """An image, and where the query is that the pictures show."""
+
+    name: str
+    image: Tensor  # [3, height, width], normalised
+    point: tuple[float, float]  # (x, y) in parts of width and height
+
+
+@dataclass(frozen=True)
 class Scene:
-    """What the layer is called with: a batch of photographs seen by 300 queries each."""
+    """The inputs of the layer: a batch of photographs seen by 300 queries each."""
 
     tokens: Tensor  # [B, T, E], key and value
     queries: Tensor  # [B, N, E], query and prior features
     reference_logits: Tensor  # [B, N, 2]
     image_sizes: Tensor  # [B, 2]
+    strides: tuple[int, ...]  # S, pixels per cell
     spatial_shapes: tuple[tuple[int, int], ...]
     valid_shapes: Tensor  # [B, S, 2]
 
@@ -199,25 +102,38 @@ def reference_points() -> Tensor:
     return torch.stack((x.repeat(QUERY_ROWS), y.repeat_interleave(QUERY_COLUMNS)), -1)
 
 
-def make_scene(maps: list[Tensor], image_sizes: Tensor) -> Scene:
-    """Tokens of all maps, and a query at every reference point with what the finest map has under it."""
+def make_scene(
+    maps: Sequence[Tensor],  # S × [B, E, height, width]
+    strides: Sequence[int],
+    image_sizes: Tensor,  # [B, 2]
+    valid_shapes: Tensor,  # [B, S, 2]
+) -> Scene:
+    """Tokens of all maps, and a query at every reference point with what the finest map has under it.
+
+    Args:
+        maps: of every scale, the finest first.
+        strides: pixels per cell of each.
+        image_sizes: (height, width) of each image in pixels, without padding.
+        valid_shapes: (height, width) in cells of the part of each map that is image.
+    """
     import torch
 
     device = maps[0].device
     points = reference_points()
-    cells = (points * image_sizes[:, None].flip(-1) / STRIDES[0]).long().to(device)  # [B, N, 2]
+    cells = (points * image_sizes[:, None].flip(-1) / strides[0]).long().to(device)  # [B, N, 2]
     rows = torch.arange(len(image_sizes), device=device)[:, None]
     return Scene(
         tokens=torch.cat([m.flatten(2) for m in maps], -1).transpose(1, 2).contiguous(),
         queries=maps[0][rows, :, cells[..., 1], cells[..., 0]],
         reference_logits=points.logit().to(device).expand(len(image_sizes), -1, -1),
         image_sizes=image_sizes.to(device),
+        strides=tuple(strides),
         spatial_shapes=tuple((m.shape[-2], m.shape[-1]) for m in maps),
-        valid_shapes=valid_cells(image_sizes).to(device),
+        valid_shapes=valid_shapes.to(device),
     )
 
 
-def build_layer(device: torch.device) -> SpatiallyModulatedCoAttention:
+def build_layer(strides: Sequence[int], device: torch.device) -> SpatiallyModulatedCoAttention:
     """An untrained layer of the official geometry, with two changes for something to see.
 
     Keys are projected as queries are, and the object scale s varies around its initial 1 from query to query.
@@ -226,7 +142,7 @@ def build_layer(device: torch.device) -> SpatiallyModulatedCoAttention:
 
     from smca_kernels.nn import SpatiallyModulatedCoAttention
 
-    layer = SpatiallyModulatedCoAttention(EMBED_DIM, HEADS, STRIDES, predicts_center=False, batch_first=True)
+    layer = SpatiallyModulatedCoAttention(EMBED_DIM, HEADS, strides, predicts_center=False, batch_first=True)
     with torch.no_grad():
         w_q, w_k, _ = layer.in_proj_weight.chunk(3)
         w_k.copy_(w_q)
@@ -350,10 +266,38 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-# ---------------------------------------------------------------------------------------------------- picture
+# --------------------------------------------------------------------------------------------------- pictures
 
 
-def draw(layer: SpatiallyModulatedCoAttention, scene: Scene, images: list[Tensor], footnote: str, path: Path) -> None:
+def attention_of_one(
+    layer: SpatiallyModulatedCoAttention, scene: Scene, photographs: Sequence[Photograph]
+) -> list[tuple[tuple[float, float], QueryAttention]]:
+    """Find the query nearest to each photograph's point: where it is, in pixels, and what it attends to."""
+    import torch
+
+    points = scene.reference_logits.sigmoid().cpu()  # [B, N, 2]
+    wanted = torch.tensor([photograph.point for photograph in photographs])
+    chosen = (points - wanted[:, None]).norm(dim=-1).argmin(1).tolist()
+    attention = layer.attention_map(
+        scene.queries, scene.tokens, scene.spatial_shapes, queries=chosen, **scene.geometry()
+    )
+    prior = scene.prior(layer)
+    found = []
+    for b, (photograph, query) in enumerate(zip(photographs, chosen, strict=True)):
+        height, width = photograph.image.shape[-2:]
+        x, y = (points[b, query] * torch.tensor([width, height])).tolist()
+        cells = [attention[s][b, :, b, :rows, :columns] for s, (rows, columns) in enumerate(scene.valid_shapes[b])]
+        found.append(((x, y), QueryAttention.of(cells, prior, b, query, scene.strides)))
+    return found
+
+
+def draw(
+    layer: SpatiallyModulatedCoAttention,
+    scene: Scene,
+    photographs: Sequence[Photograph],
+    footnote: str,
+    path: Path,
+) -> None:
     """Prior (ellipses) and attention (colour) of one query a photograph: a column a head, a row a scale."""
     import matplotlib
     import torch
@@ -362,53 +306,92 @@ def draw(layer: SpatiallyModulatedCoAttention, scene: Scene, images: list[Tensor
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
 
-    points = reference_points()
-    wanted = torch.tensor(list(PHOTOGRAPHS.values()))
-    chosen = torch.cdist(wanted, points).argmin(1).tolist()
-    tokens, shapes = scene.tokens, scene.spatial_shapes
-    attention = layer.attention_map(scene.queries, tokens, shapes, queries=chosen, **scene.geometry())
-    prior = scene.prior(layer)
-
-    figure = pyplot.figure(figsize=(23, 6.3 * len(images) + 1.2), dpi=100, layout="constrained")
+    points = scene.reference_logits.sigmoid().cpu()
+    figure = pyplot.figure(figsize=(23, 6.3 * len(photographs) + 1.2), dpi=100, layout="constrained")
     figure.suptitle("SMCA co-attention: where one object query looks, per head and scale\n", fontsize=20, weight="bold")
     figure.supxlabel("\n" + footnote, fontsize=12, color="#333333")
-    blocks = figure.subfigures(len(images), 1, hspace=0.04, squeeze=False)[:, 0]
-    for b, (block, image, name) in enumerate(zip(blocks, images, PHOTOGRAPHS, strict=True)):
-        photograph = displayable(image)
-        height, width = image.shape[-2:]
-        here = points[chosen[b]] * torch.tensor([width, height])
-        grid = block.add_gridspec(len(STRIDES), HEADS + 1, width_ratios=[3.4] + [1.0] * HEADS)
+    blocks = figure.subfigures(len(photographs), 1, hspace=0.04, squeeze=False)[:, 0]
+    shown = attention_of_one(layer, scene, photographs)
+    for block, photograph, grid_points, (here, query) in zip(blocks, photographs, points, shown, strict=True):
+        pixels = displayable(photograph.image)
+        height, width = pixels.shape[:2]
+        grid = block.add_gridspec(len(scene.strides), HEADS + 1, width_ratios=[3.4] + [1.0] * HEADS)
         left = block.add_subplot(grid[:, 0])
-        left.imshow(photograph)
-        frame = window(here.tolist(), width, height)
+        left.imshow(pixels)
+        frame = window(list(here), width, height)
         corner, side = (frame[0], frame[2]), frame[1] - frame[0]
         left.add_patch(Rectangle(corner, side, side, fill=False, color=POINT_COLOR, linewidth=1.5))
-        left.plot(*(points * torch.tensor([width, height])).T, ".", color="white", markersize=2.5, alpha=0.7)
+        left.plot(*(grid_points * torch.tensor([width, height])).T, ".", color="white", markersize=2.5, alpha=0.7)
         left.plot(*here, "*", color=POINT_COLOR, markersize=22, markeredgecolor="black")
-        left.set_title(f"{name}, {width} × {height} px; the panels show the frame", fontsize=13)
+        left.set_title(f"{photograph.name}, {width} × {height} px; the panels show the frame", fontsize=13)
         left.set_axis_off()
-        cells = [attention[s][b, :, b, :rows, :columns] for s, (rows, columns) in enumerate(scene.valid_shapes[b])]
-        query = QueryAttention.of(cells, prior, b, chosen[b], STRIDES)
-        draw_heads(block, grid, photograph, query, tuple(here.tolist()), frame)
+        draw_heads(block, grid, pixels, query, here, frame)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     pyplot.close(figure)
 
 
-# ----------------------------------------------------------------------------------------------- command line
+def draw_prior(
+    layer: SpatiallyModulatedCoAttention,
+    scene: Scene,
+    photographs: Sequence[Photograph],
+    footnote: str,
+    path: Path,
+) -> None:
+    """The prior of one query over the first photograph: a panel a scale, an ellipse a head, 1200 pixels wide."""
+    import io
 
+    import matplotlib
+    import torch
+    from PIL import Image
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `smca demo`."""
-    parser.description = (
-        "Two photographs through ResNet-50 and the SMCA layer with 300 queries: parity with naive PyTorch, "
-        "a table of time and memory, and a picture of prior and attention. Exit status 1 if parity fails."
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Ellipse
+
+    pixels = displayable(photographs[0].image)
+    height, width = pixels.shape[:2]
+    point, query = attention_of_one(layer, scene, photographs)[0]
+    inches = PRIOR_PIXELS / 100
+    size = (inches, inches / len(scene.strides) * height / width + 0.75)
+    figure, panels = pyplot.subplots(1, len(scene.strides), figsize=size, dpi=100, layout="constrained", squeeze=False)
+    x, y = torch.arange(width), torch.arange(height)[:, None]
+    for s, (axes, stride) in enumerate(zip(panels[0], scene.strides, strict=True)):
+        center, sigma = query.center[:, s, :, None, None], query.sigma[:, s, :, None, None]  # [H, 2, 1, 1]
+        distance = ((x - center[:, 0]) / sigma[:, 0]) ** 2 + ((y - center[:, 1]) / sigma[:, 1]) ** 2
+        light = (-distance / 2).exp().amax(0)  # of the head that looks there most
+        axes.imshow(pixels * (0.25 + 0.75 * light[..., None].numpy()))
+        for h, ((column, row), (across, down)) in enumerate(
+            zip(query.center[:, s].tolist(), query.sigma[:, s].tolist(), strict=True)
+        ):
+            color = matplotlib.colormaps["Set3"](h)
+            axes.add_patch(Ellipse((column, row), 2 * across, 2 * down, fill=False, color=color, linewidth=1.8))
+            axes.plot(column, row, "+", color=color, markersize=8, markeredgewidth=1.8)
+        axes.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
+        weight = "" if query.scale_weights is None else f", weight {query.scale_weights[s]:.2f}"
+        axes.set_title(f"stride {stride}{weight}", fontsize=11)
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+    figure.supxlabel(
+        "Prior of one object query (star). Ellipses: one standard deviation around the centre (+) of each head. "
+        f"Light: the largest of the heads.\n{footnote}",
+        fontsize=9,
+        color="#333333",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="FOLDER", help="default: %(default)s")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    pyplot.close(figure)
+    with replacing(path) as temporary, Image.open(drawn) as opened:
+        # A palette makes the file smaller; the octree's keeps the few pixels of the star in their colour.
+        picture = opened.convert("RGB")
+        palette = picture.quantize(256, Image.Quantize.FASTOCTREE)
+        picture.quantize(palette=palette).save(temporary, format="PNG", optimize=True)
+
+
+# ------------------------------------------------------------------------------------------------------- demo
 
 
 class Steps:
-    """Says on screen which step of how many is under way, and for how long the demo has run."""
+    """A log on screen: which step of how many is under way, and for how long the demo has run."""
 
     def __init__(self, total: int) -> None:
         self.total, self.number, self.began = total, 0, time.perf_counter()
@@ -422,43 +405,40 @@ class Steps:
         print(f"      {line}", flush=True)
 
 
-def run(args: argparse.Namespace) -> int:
-    """`smca demo`: exit status 0; 1 if a backend is not within the error budget; 2 if it can't start."""
-    wanted = ("torchvision", "skimage", "matplotlib")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"smca demo needs {', '.join(missing)}: pip install 'smca_kernels[demo]'", file=sys.stderr)
-        return 2
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
+def describe_device(device: torch.device, seed: int) -> dict[str, str]:
+    """Facts about the run for its report, which are printed as its first line."""
+    import torch
+
+    from smca_kernels.tools.env import describe
+
+    facts = describe(device) | {"torch": torch.__version__, "seed": str(seed)}
+    print(f"smca demo on {device}: {', '.join(f'{name} {fact}' for name, fact in facts.items())}")
+    return facts
+
+
+def show(
+    scene: Scene, photographs: Sequence[Photograph], backbone: str, facts: Mapping[str, str], steps: Steps, out: Path
+) -> int:
+    """Check, time and draw the layer on photographs: three steps on screen, two pictures and results.json.
+
+    Args:
+        scene: of the photographs.
+        photographs: of the scene, in its order.
+        backbone: what made the scene's maps, in words.
+        facts: of `describe_device`.
+        steps: those of the demo.
+        out: the folder to write to.
+
+    Returns:
+        The exit status: 0; 1 if a backend is not within the error budget.
+    """
     import torch
 
     from smca_kernels.profiling.measure import available_backends
-    from smca_kernels.tools.env import describe
 
-    torch.manual_seed(SEED)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = describe(device) | {"torch": torch.__version__, "seed": str(SEED)}
-    print(f"smca demo on {device}: {', '.join(f'{name} {fact}' for name, fact in facts.items())}")
-    steps = Steps(total=5)
-
-    steps.start("photographs")
-    images = load_photographs(list(PHOTOGRAPHS), SHORT_SIDE[device.type])
-    batch, image_sizes = pad_batch(images)
-    sizes = [f"{name} {w} × {h}" for name, (h, w) in zip(PHOTOGRAPHS, image_sizes.tolist(), strict=True)]
-    steps.log(f"{', '.join(sizes)}, padded to {batch.shape[-1]} × {batch.shape[-2]} pixels")
-
-    steps.start(f"feature maps (up to {DOWNLOAD_SECONDS} s for the weights, if they are not here yet)")
-    resnet, weights = build_resnet50()
-    steps.log(weights)
-    scene = make_scene(feature_maps(resnet.to(device), batch.to(device)), image_sizes)
-    grids = " + ".join(f"{height}×{width}" for height, width in scene.spatial_shapes)
-    steps.log(f"grids of {grids} = {scene.tokens.shape[1]} keys, {QUERIES} queries an image, {HEADS} heads")
-
+    device = scene.tokens.device
     steps.start("parity with naive PyTorch")
-    layer = build_layer(device).eval()
+    layer = build_layer(scene.strides, device).eval()
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     in_dtype = {dtype: (copy.deepcopy(layer).to(dtype), scene.to(dtype)) for dtype in dtypes}
     verdicts = []
@@ -482,22 +462,20 @@ def run(args: argparse.Namespace) -> int:
     print()
 
     steps.start("picture and results")
-    picture, results = args.out / "smca_attention.png", args.out / "results.json"
-    draw(layer, scene, images, _footnote(weights), picture)
+    picture, prior, results = (out / name for name in ("smca_attention.png", "prior.png", "results.json"))
+    untrained = f"The layer is untrained, on {backbone.split(':')[0]}."
+    draw(layer, scene, photographs, f"{EXPLANATION} {untrained}", picture)
+    draw_prior(layer, scene, photographs, untrained, prior)
     report = {
         **facts,
-        "backbone": weights,
+        "backbone": backbone,
         "spatial_shapes": scene.spatial_shapes,
         "parity": [{"line": line, "passed": within} for line, within in verdicts],
         "rows": rows,
         "not_run": reasons,
     }
     write_text(results, json.dumps(report, indent=2) + "\n")
-    steps.log(f"{picture}, {results}")
+    steps.log(f"{picture}, {prior}, {results}")
     seconds = time.perf_counter() - steps.began
     print(f"{'Parity holds' if passed else 'PARITY FAILED'}; {seconds:.0f} s in all.")
     return 0 if passed else 1
-
-
-def _footnote(weights: str) -> str:
-    return f"{EXPLANATION} The layer is untrained, on {weights.split(':')[0]}."

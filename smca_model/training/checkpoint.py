@@ -1,4 +1,4 @@
-"""Where a training run stands, in one file: whatever the rest of the run depends on."""
+"""A training run's state in one file: whatever the rest of the run depends on."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def world_size() -> int:
 
 
 def summed(numbers: Sequence[float], device: torch.device) -> list[float]:
-    """Each number summed over all processes."""
+    """Sum each number over all processes."""
     if not dist.is_initialized():
         return list(numbers)
     total = torch.tensor(numbers, dtype=torch.float64, device=device)

@@ -2,7 +2,7 @@
 
 A run is a folder: checkpoint.pt (where it stands), model.safetensors (the weights to use, those of the moving average
 if there is one), metrics.jsonl and tensorboard/. A run that is stopped anywhere and resumed gives the same weights;
-engine.py tells why.
+engine.py says why.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _averaged(window: list[dict[str, float]], device: torch.device) -> dict[str,
 
 
 def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics | None, stop: StopSignals) -> None:
-    """After every eval_every-th epoch and the last: the weights, and AP from each process's part of the images."""
+    """Write weights and AP after each eval_every-th epoch and the last; each process detects in part of the images."""
     from .. import weights
     from ..evaluate import average_precision, detect_all
 

@@ -1,4 +1,4 @@
-"""Which query is trained towards which ground-truth box: DETR's bipartite matching, by the cheapest assignment.
+"""DETR's bipartite matching: the query that each ground-truth box trains, by the cheapest assignment.
 
 Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, Eq. 1; the class cost is the focal
 one of Zhu et al., "Deformable DETR", 2021, as in SMCA's experiments.
@@ -80,5 +80,5 @@ def class_cost(
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """cxcywh → xyxy."""
+    """Boxes as corners, cxcywh → xyxy."""
     return box_convert(boxes, "cxcywh", "xyxy")

@@ -1,4 +1,4 @@
-"""What a run reports: lines of JSON, and TensorBoard."""
+"""The numbers that a run reports: lines of JSON, and TensorBoard."""
 
 from __future__ import annotations
 

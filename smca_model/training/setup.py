@@ -57,7 +57,7 @@ def build_model(settings: Settings, num_classes: int, *, from_weights: bool, dev
 
 
 def images_per_step(settings: Settings) -> int:
-    """How many images one step of the optimiser sees, over all processes."""
+    """The number of images that one step of the optimiser sees, over all processes."""
     return settings.batch_size * settings.accumulate * distributed.world_size()
 
 

@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once.
+    """Handlers of SIGINT and SIGTERM: the first asks for a stop after the current step, a second one stops at once.
 
     The second must come `MIN_SECONDS_BETWEEN_REQUESTS` later.
     """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.ops import FrozenBatchNorm2d
 
-from smca_model.backbone import ResNet, TinyNet, build_backbone
+from smca_model.backbone import ResNet, TinyNet, build_backbone, set_norm_statistics
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,14 @@ def test_padding_reaches_only_the_cells_whose_receptive_field_it_enters():
     assert (change[:8, :8] < 1e-5).all()
     assert (change[:, 11] > 1e-3).all()
     assert (change[11, :] > 1e-3).all()
+
+
+def test_norms_set_to_an_image_keep_the_size_of_its_features() -> None:
+    backbone, image = ResNet("resnet50", (32,)).eval(), 1000 * torch.randn(1, 3, 96, 96)
+    before = backbone(image)[32].std().item()
+    set_norm_statistics(backbone, image)
+    assert not 0.1 < before < 10
+    assert 0.1 < backbone(image)[32].std().item() < 10
 
 
 def test_pretrained_weights_that_can_not_be_fetched_are_told_plainly(monkeypatch):

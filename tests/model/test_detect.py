@@ -69,7 +69,7 @@ def test_nothing_below_the_threshold_is_found() -> None:
 
 @pytest.mark.parametrize("preset", ["smca-tiny", "smca-ms-tiny", "detr-tiny"])
 def test_the_attention_is_that_of_the_layer(preset: str) -> None:
-    """With the values' projection and the output's known, the map gives what the layer puts out."""
+    """Values weighted by the map and projected are what the layer puts out."""
     model = build(preset, len(CLASSES), backend="reference", **TINY).eval()
     layer = model.decoder.layers[1].co_attn
     kept = {}

@@ -12,6 +12,7 @@ from tiny_detector import MULTI, SINGLE, tiny_detector
 
 from smca_kernels.testing.budget import assert_within_budget
 from smca_model import PRESETS, SMCA, build, build_criterion, postprocess
+from smca_model.detector import pad_images, valid_cells
 
 OUTPUTS = ("pred_logits", "pred_boxes")
 both = pytest.mark.parametrize("preset", [SINGLE, MULTI])
@@ -275,3 +276,21 @@ def test_postprocess_refuses_another_number_of_sizes():
 
     with pytest.raises(ValueError, match=r"sizes must be \[B=2, 2\], got \[1, 2\]"):
         postprocess(outputs, [(10, 10)])
+
+
+def test_padding_is_zero_outside_the_image_and_nothing_inside_is_changed() -> None:
+    images = [torch.rand(3, 40, 70) + 1, torch.rand(3, 50, 20) + 1]
+    batch = pad_images(images)
+    assert batch.shape == (2, 3, 50, 70)
+    for padded, image in zip(batch, images, strict=True):
+        assert torch.equal(padded[:, : image.shape[1], : image.shape[2]], image)
+        assert padded.sum() == pytest.approx(image.sum().item())
+
+
+def test_valid_cells_count_every_cell_that_a_pixel_reaches() -> None:
+    sizes = [(512, 768), (513, 16)]
+    assert [valid_cells(sizes, stride) for stride in (16, 32, 64)] == [
+        [(32, 48), (33, 1)],
+        [(16, 24), (17, 1)],
+        [(8, 12), (9, 1)],
+    ]

@@ -1,4 +1,4 @@
-"""What a decoder layer saves for its backward pass."""
+"""The memory that a decoder layer saves for its backward pass."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ SINGLE, MULTI = "smca-tiny", "smca-ms-tiny"
 
 
 def tiny_detector(preset: str = SINGLE, **overrides: Any) -> SMCA:
-    """In evaluation mode; every parameter is off its initial value, since the box head's is 0."""
+    """A detector in evaluation mode; every parameter is off its initial value, since the box head's is 0."""
     sizes = {"hidden_dim": 32, "num_heads": 2, "ffn_dim": 48, "decoder_layers": 2, "num_queries": 7}
     model = build(preset, 5, **(sizes | overrides)).eval()
     with torch.no_grad():

@@ -25,8 +25,7 @@ for package in (
     pytest.importorskip(package)
 
 from smca_kernels.tools import cli  # noqa: E402
-from smca_kernels.tools import demo as layer_demo  # noqa: E402
-from smca_model.demo import learning  # noqa: E402
+from smca_model.demo import learning, photographs  # noqa: E402
 from smca_model.presets import build  # noqa: E402
 from smca_model.training.engine import Trainer  # noqa: E402
 
@@ -40,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "SCORE", 0.0)
     training = {"batch_size": 4, "epochs": 1, "lr_drop": 1, "lr": 1e-4}
     monkeypatch.setattr(learning, "TRAINING", {"cpu": training, "cuda": training})
-    monkeypatch.setattr(layer_demo, "run", lambda args: args.out.mkdir(exist_ok=True) or 0)
+    monkeypatch.setattr(photographs, "run_layer", lambda out: 0)
 
 
 def test_compare_trains_both_and_leaves_weights_curves_and_pictures(
@@ -95,18 +94,27 @@ def test_an_interrupted_demo_says_so_and_leaves_what_was_there(
 
 
 def test_the_detector_is_left_out_where_the_operator_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_demo, "run", lambda args: 1)
+    monkeypatch.setattr(photographs, "run_layer", lambda out: 1)
     monkeypatch.setattr(learning, "run_detector", lambda *a, **k: pytest.fail("the detector was trained"))
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
 
 
-def test_a_missing_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("skimage", "scikit-image")])
+def test_a_missing_package_is_named_with_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, package: str
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
-    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-    assert "needs scikit-learn: pip install 'smca_kernels[model,demo]'" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
+    assert f"smca demo: error: needs {package}: pip install 'smca_kernels[model,demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_a_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    assert cli.main(["demo", "--out", str(path)]) == 2
+    assert "smca demo: error: --out must be a folder" in capsys.readouterr().err
 
 
 def test_the_number_of_threads_is_the_fastest_and_put_back_afterwards(
