@@ -1,7 +1,7 @@
 """The part of `smca profile` that any code shares which calls co-attention: options, measuring, and what is written.
 
-The command itself is where its workloads and detectors are known (benchmarks/profile.py); it hands over a function to
-call. For code of your own there is `smca_kernels.profile`.
+The command itself is where its workloads and detectors are known; it hands over a function to call. For code of your
+own there is `smca_kernels.profile`.
 """
 
 from __future__ import annotations

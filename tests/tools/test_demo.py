@@ -73,7 +73,7 @@ def test_parity_fails_when_one_tensor_is_over_its_budget(monkeypatch: pytest.Mon
     torch.manual_seed(0)
     scene, layer = make_scene([(64, 64)]), build_layer()
     wrong = [Comparison("key", error=2.0, budget=1.0, index=(0,), actual=2.0, oracle=0.0)]
-    monkeypatch.setattr("smca_kernels.testing.parity.compare_results", lambda actual, inputs: wrong)
+    monkeypatch.setattr("smca_kernels.testing.check.compare_results", lambda actual, inputs: wrong)
     line, passed = demo.check_parity(layer, scene, demo.operator_inputs(layer, scene), "reference")
     assert not passed
     assert "NOT WITHIN" in line
