@@ -1,4 +1,4 @@
-"""How the kernels are launched: configurations, arguments, and the specialisations that offline compilation needs.
+"""How the kernels are launched: configurations and arguments.
 
 A configuration depends on the kernel, the dtype's width and the head dimension alone. Sizes are run-time values, so
 a new H×W, number of queries or batch size compiles nothing.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.triton import locality, ptxas
+from smca_kernels.backends.triton import hopper, locality
 from smca_kernels.backends.triton.backward import PADDED, TERMS, key_major_kernel, prepare_kernel, query_major_kernel
 from smca_kernels.backends.triton.forward import forward_kernel
 from smca_kernels.backends.triton.windows import PATCH_H, PATCH_W, survey_kernel, window_kernel
@@ -178,7 +178,7 @@ def device_of(tensor: Tensor) -> Iterator[None]:
     if not tensor.is_cuda:
         yield
         return
-    with torch.cuda.device(tensor.device), ptxas.right_compiler(tensor.device):
+    with torch.cuda.device(tensor.device), hopper.right_compiler(tensor.device):
         yield
 
 

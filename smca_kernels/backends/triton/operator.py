@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.triton import launch, ptxas
+from smca_kernels.backends.triton import hopper, launch
 from smca_kernels.backends.triton.tiles import INTERPRETED
 from smca_kernels.inputs import DIFFERENTIABLE, SCHEMA, AttentionInputs
 
@@ -133,7 +133,7 @@ def unsupported(inputs: AttentionInputs) -> str | None:
         return "needs compute capability 8.0 for bfloat16"
     if not 2.0**-20 <= scale <= 2.0**20:
         return f"divides the prior by the softmax scale, which must be in [2^-20, 2^20]; it is {scale}"
-    return ptxas.unsupported(query.device)
+    return hopper.unsupported(query.device)
 
 
 def mix(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The ptxas that Triton compiles with on Hopper (sm_90), and one to use instead where that is known to be wrong.
+"""Compilers that are known to be wrong on Hopper (sm_90), and what to compile with instead.
 
-Before 13.3, an asynchronous wgmma whose left operand is in registers may read registers that were already overwritten,
+Triton before 3.7 leaves out the fence between an asynchronous copy and the wgmma that reads what it copied. In ptxas
+before 13.3, an asynchronous wgmma whose left operand is in registers may read registers that were already overwritten,
 and packed 16-bit additions lose an immediate (triton #9433, #11781, #11581): wrong numbers without an error. Triton
-comes with two: up to 3.8 it takes the older one for Hopper, from 3.9 on the newer one, which is new enough.
+comes with two ptxas: up to 3.8 it takes the older one for Hopper, from 3.9 on the newer one, which is new enough.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HOPPER = 90
-MIN_VERSION = (13, 3)
+MIN_PTXAS = (13, 3)
+MIN_TRITON = (3, 7)
 
 
 @lru_cache(maxsize=1)
@@ -31,7 +33,14 @@ def tools() -> tuple[Any, Any]:
 
 def usable_tool() -> Any:
     """The first of the tools that is right on Hopper, or None."""
-    return next((tool for tool in tools() if version_of(tool) >= MIN_VERSION), None)
+    return next((tool for tool in tools() if version_of(tool) >= MIN_PTXAS), None)
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of the installed Triton."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def version_of(tool: Any) -> tuple[int, ...]:
@@ -45,14 +54,16 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def unsupported(device: torch.device) -> str | None:
-    """Why what Triton's ptxas makes for a device can't be trusted, or None if it can."""
+    """Why what Triton compiles for a device can't be trusted, or None if it can."""
     if not is_hopper(device):
         return None
+    if triton_version() < MIN_TRITON:
+        return "needs Triton ≥ 3.7 on Hopper: older ones leave out a fence before products read what was copied"
     if usable_tool() is not None:
         return None
     return (
         f"compiles for Hopper with ptxas {tools()[0].version}, which computes wrong numbers there; needs ptxas "
-        f"{'.'.join(map(str, MIN_VERSION))} or newer: Triton ≥ 3.8, or TRITON_PTXAS_PATH"
+        f"{'.'.join(map(str, MIN_PTXAS))} or newer: Triton ≥ 3.8, or TRITON_PTXAS_PATH"
     )
 
 
