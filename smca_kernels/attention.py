@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smca_kernels import backends
+from smca_kernels.autocast import autocast_on
 from smca_kernels.backends import BACKENDS, reference
 from smca_kernels.inputs import INTEGER_DTYPES, AttentionInputs, ValidShapes, shape_of
 
@@ -202,8 +203,7 @@ def _autocast_dtype(query: Tensor) -> torch.dtype | None:
         return None
     # `device.type` makes a new string each time, which a small call would feel.
     device_type = "cpu" if query.is_cpu else "cuda" if query.is_cuda else query.device.type
-    known = query.is_cpu or query.is_cuda or torch.amp.is_autocast_available(device_type)
-    return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else None
+    return torch.get_autocast_dtype(device_type) if autocast_on(device_type) else None
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:

@@ -18,9 +18,10 @@ from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 def cell_coordinates(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Column x and row y of every cell of a grid, row-major: two [height · width], device and dtype of `like`."""
-    y = torch.arange(height, device=like.device, dtype=like.dtype).repeat_interleave(width)
-    x = torch.arange(width, device=like.device, dtype=like.dtype).repeat(height)
-    return x, y
+    # Expanded, not repeated: repeat_interleave is exported wrongly to ONNX where sizes are dynamic.
+    x = torch.arange(width, device=like.device, dtype=like.dtype).expand(height, width)
+    y = torch.arange(height, device=like.device, dtype=like.dtype).unsqueeze(1).expand(height, width)
+    return x.reshape(-1), y.reshape(-1)
 
 
 def log_prior(center: Tensor, precision: Tensor, height: int, width: int) -> Tensor:

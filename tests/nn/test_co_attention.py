@@ -279,6 +279,21 @@ def test_compiled_layer_drops_out_while_training() -> None:
     assert_same(output, layer.out_proj.bias.expand_as(output))
 
 
+def test_tracing_on_a_cpu_or_gpu_does_not_ask_whether_there_is_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch 2.8 and 2.11 can't trace that question.
+    def untraceable(device_type: str) -> bool:
+        raise AssertionError(f"torch.amp.is_autocast_available({device_type!r}) was called")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    layer, inputs = make_layer(), make_inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert_same(compiled(**inputs)[0], layer(**inputs)[0])
+    with torch.autocast(DEVICE):
+        torch._dynamo.reset()
+        assert_same(compiled(**inputs)[1].center, layer(**inputs)[1].center)
+
+
 def test_layer_exports() -> None:
     layer, inputs = make_layer(), make_inputs()
     program = torch.export.export(layer, (), inputs)

@@ -82,7 +82,8 @@ class GradientAccumulator:
         self.ignored_keys = ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
         # per scale [B · H, 1, height · width]
         self.ignored = [
-            None if mask is None else mask.repeat_interleave(heads, 0).unsqueeze(1) for mask in self.ignored_keys
+            None if mask is None else mask[:, None, None].expand(-1, heads, -1, -1).flatten(0, 1)
+            for mask in self.ignored_keys
         ]
         self.grad_q = torch.zeros_like(q)  # [B · H, N, D], of the scaled queries
         self.grad_k = torch.zeros_like(self.k)  # [B · H, T, D]
