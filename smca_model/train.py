@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: when it can't start.
+        OSError: with the file's name, when one can't be written.
     """
     check_packages(("pycocotools", "safetensors", "scipy", "tensorboard", "torchvision", "tqdm"), "model")
     given = {item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)}

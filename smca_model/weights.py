@@ -7,6 +7,7 @@ meant for, so that `load` needs nothing else.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -94,7 +95,7 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
 
     Raises:
         ValueError: for another number of classes than the model has.
-        OSError: when the file can't be written.
+        OSError: with the file's name, when it can't be written.
     """
     _check_classes(classes, model.config)
     metadata = {
@@ -105,7 +106,13 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
     }
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
-        save_file(state, temporary, metadata)
+        try:
+            save_file(state, temporary, metadata)
+        except SafetensorError as error:  # it has the system's error as text alone
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise OSError(errno.EIO, str(error)) from error
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: Any) -> SMCA:

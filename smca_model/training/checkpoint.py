@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint of tensors and plain Python values; whoever reads meanwhile gets the one before.
 
     Raises:
-        OSError: when the folder is missing, not writable or full.
+        OSError: with the path's name, when the folder is missing, not writable or full.
     """
-    with replacing(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            # torch's writer ends in an error of its own; the file's is the one that it came upon.
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(error).splitlines()[0]) from None
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tensorboard")
 pytest.importorskip("torchvision")
 
+from small_disk import files_of_at_most
+
 from smca_kernels.tools import cli
 from smca_model import weights
 from smca_model.training import checkpoint, dry_run, setup
@@ -287,6 +289,24 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_status_1(
     command = ["train", "--data", str(data), "--out", str(tmp_path / "run"), "--preset", "smca-tiny"]
     assert cli.main([*command, "--sizes", "48", "--max-size", "96", "--workers", "0"]) == 1
     assert "smca train: step 0: the loss giou is nan" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_command_with_the_file_s_name_and_the_last_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    stop_at(monkeypatch, 0)
+    with pytest.raises(Stopped):
+        train(settings(data, out))
+    names = sorted(path.name for path in out.iterdir())
+    with files_of_at_most((out / "checkpoint.pt").stat().st_size // 2):
+        assert cli.main(["train", "--resume", str(out)]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert told == [f"smca train: error: {out / 'checkpoint.pt'}: File too large"]
+    assert state_of(out)["step"] == 1
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert cli.main(["train", "--resume", str(out), "--epochs", "1"]) == 0
+    assert state_of(out)["step"] == 4
 
 
 def test_pretrained_weights_are_the_default_where_the_backbone_has_any(

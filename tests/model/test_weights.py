@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
+from small_disk import files_of_at_most
 from tiny_detector import MULTI, tiny_detector
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -278,6 +281,24 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_os_error_with_the_file_s_name_and_nothing_half_written(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weights.save(tiny_detector(), path, CLASSES)
+    before = path.read_bytes()
+
+    with files_of_at_most(len(before) // 2), pytest.raises(OSError, match=re.escape(str(path))) as raised:
+        weights.save(tiny_detector(), path, CLASSES)
+
+    assert raised.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_in_a_folder_that_is_not_there_are_an_os_error_with_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing/model\.safetensors"):
+        weights.save(tiny_detector(), tmp_path / "missing" / "model.safetensors", CLASSES)
 
 
 def test_files_of_another_kind_are_refused_by_their_path(tmp_path):

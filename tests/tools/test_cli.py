@@ -101,6 +101,30 @@ def test_any_other_error_of_a_subcommand_keeps_its_traceback(add_command: AddCom
         cli.main(["example"])
 
 
+def test_a_file_that_cant_be_written_is_told_in_one_line_with_status_1(
+    add_command: AddCommand, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_command("raise OSError(28, 'No space left on device', 'runs/checkpoint.pt')")
+    assert cli.main(["example"]) == 1
+    assert capsys.readouterr().err == "smca example: error: runs/checkpoint.pt: No space left on device\n"
+
+
+def test_an_error_without_a_number_of_the_system_keeps_its_traceback(add_command: AddCommand) -> None:
+    add_command("raise OSError('could not get source code')")
+    with pytest.raises(OSError, match="source code"):
+        cli.main(["example"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_to_a_full_disk_is_told_in_one_line() -> None:
+    program = "import sys; from smca_kernels.tools.cli import main; sys.exit(main(['env']))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (1, "smca env: error: output: No space left on device\n")
+
+
 def test_an_interrupt_exits_with_130(add_command: AddCommand) -> None:
     add_command("raise KeyboardInterrupt")
     assert cli.main(["example"]) == 130

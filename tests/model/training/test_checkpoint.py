@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
+from small_disk import files_of_at_most
 
 from smca_model.training import checkpoint
 
@@ -18,13 +21,24 @@ def test_a_checkpoint_that_cant_be_written_leaves_the_one_before(
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"step": 1})
 
-    def full(state: Any, file: Path) -> None:
-        Path(file).write_bytes(b"half")
+    def full(state: Any, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="no space left"):
         checkpoint.save(path, {"step": 2})
+    assert checkpoint.load(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("limit", [100, 10_000, 1_000_000])
+def test_a_full_disk_is_an_os_error_with_the_file_s_name_and_nothing_half_written(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"step": 1})
+    with files_of_at_most(limit), pytest.raises(OSError, match=re.escape(str(path))) as raised:
+        checkpoint.save(path, {"step": 2, "model": {"a": torch.zeros(300_000), "b": torch.zeros(300_000)}})
+    assert raised.value.errno == errno.EFBIG
     assert checkpoint.load(path)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
