@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -69,10 +68,29 @@ def _keep_quiet_what_flush_raises() -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without one that a crash cut off; those of evaluations have "AP"."""
-    lines = []
+    """The lines of a run's metrics.jsonl, without a last one that a crash cut off; those of evaluations have "AP".
+
+    Raises:
+        ValueError: with file and line, for a line that is no JSON object with a `step`, and a file that can't be read.
+    """
     path = folder / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+    try:
+        texts = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror})") from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError
+        except ValueError:  # UnicodeDecodeError and JSONDecodeError are such
+            if number == len(texts):
+                break
+            shown = text[:60].decode("utf-8", "backslashreplace")
+            raise ValueError(
+                f"{path}, line {number}: must be a JSON object with a step, got {shown!r}; "
+                "take the line out, or move the file away"
+            ) from None
+        lines.append(line)
     return lines

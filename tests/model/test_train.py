@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import time
@@ -226,6 +227,40 @@ def test_what_a_run_was_made_with_cant_change_under_it(run: Path, data: Path) ->
 def test_resume_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--resume", str(tmp_path)]) == 2
     assert f"there is no file {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"colour": "red"}}, "settings can't be used .*colour"),
+        ({"settings": {"epochs": 0}}, "settings can't be used .epochs must be at least 1"),
+        ({"facts": {}}, "it lacks classes, images, step_images"),
+        ({"step": None}, "its step must be a int"),
+        ({"model": {}}, "does not fit the run that it is of"),
+        ({"optimizer": {}}, "does not fit the run that it is of"),
+        ({"scaler": 3}, "its scaler must be a dict, got int"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_its_path(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    state = state_of(run)
+    if changes.get("settings"):
+        changes = {"settings": state["settings"] | changes["settings"]}
+    checkpoint.save(tmp_path / "checkpoint.pt", state | changes)
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(f"smca train: error: {re.escape(str(tmp_path))}/checkpoint.pt .*{message}", told)
+
+
+def test_damaged_metrics_are_refused_by_their_path_before_anything_runs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save(tmp_path / "checkpoint.pt", state_of(run))
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 1}\n')
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'metrics.jsonl'}, line 1: must be a JSON object" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.jsonl"]
 
 
 # -------------------------------------------------------------------------------------------------- settings and errors

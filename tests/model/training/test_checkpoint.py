@@ -56,3 +56,37 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}}, path)
     with pytest.raises(ValueError, match="must be a training checkpoint of format 1, got None"):
         checkpoint.load(path)
+
+
+def test_a_checkpoint_damaged_anywhere_is_named_or_loads(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"step": 1, "settings": {"data": "ünicode"}, "model": {"weight": torch.randn(50)}})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        for damaged in (whole[:position], whole[:position] + b"\xff\xfe\x00" + whole[position + 3 :]):
+            path.write_bytes(damaged)
+            try:
+                checkpoint.load(path)
+            except ValueError as error:
+                assert str(path) in str(error)  # noqa: PT017, some bytes mean nothing
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("step", None, "its step must be a int, got NoneType"),
+        ("settings", [1], "its settings must be a dict, got list"),
+        ("seconds", "1", "its seconds must be a number, got str"),
+        ("model", ..., "its model must be a dict, got nothing"),
+    ],
+)
+def test_a_checkpoint_with_a_part_of_another_kind_is_refused(part: str, value: Any, message: str) -> None:
+    state: dict[str, Any] = {"settings": {}, "facts": {}, "step": 1, "seconds": 1.0}
+    state |= {"model": {}, "optimizer": {}, "scaler": {}}
+    checkpoint.check(state, Path("run/checkpoint.pt"))
+    if value is ...:
+        del state[part]
+    else:
+        state[part] = value
+    with pytest.raises(ValueError, match=f"run/checkpoint.pt is a damaged checkpoint: {message}"):
+        checkpoint.check(state, Path("run/checkpoint.pt"))
