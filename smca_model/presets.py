@@ -96,14 +96,19 @@ def build(
     """
     from .detector import SMCA
 
+    config = configure(preset, num_classes, **overrides)
+    return SMCA(config, backend=backend, pretrained_backbone=pretrained_backbone)
+
+
+def configure(preset: str, num_classes: int = 91, **overrides: Any) -> Config:
+    """The configuration of a preset with overrides; arguments and errors as `build`, which builds it."""
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     known = {field.name for field in fields(Config)}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ValueError(f"overrides must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    config = replace(PRESETS[preset], num_classes=num_classes, **overrides)
-    return SMCA(config, backend=backend, pretrained_backbone=pretrained_backbone)
+    return replace(PRESETS[preset], num_classes=num_classes, **overrides)
 
 
 def count(config: Config, image_size: tuple[int, int]) -> tuple[int, int]:

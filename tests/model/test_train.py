@@ -274,12 +274,32 @@ def test_damaged_metrics_are_refused_by_their_path_before_anything_runs(
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"precision": "fp8"}, "precision must be one of .*, got 'fp8'"),
         ({"overrides": ("dropout",)}, "overrides must be of the form NAME=VALUE, got 'dropout'"),
+        (
+            {"overrides": ("num_classes=2",)},
+            "num_classes, which follows from the classes of --data, got 'num_classes=2'",
+        ),
+        ({"overrides": ("backend=sdpa",)}, "backend, which has an option, --backend, got 'backend=sdpa'"),
+        ({"overrides": ("preset=smca-r50",)}, "preset, which has an option, --preset, got 'preset=smca-r50'"),
+        ({"overrides": ("pretrained_backbone=0",)}, "which has an option, --pretrained-backbone, got 'pretrained_"),
+        ({"overrides": ("lr=1",)}, "lr, which has an option, --lr, got 'lr=1'"),
+        ({"overrides": ("beta=1", "beta=2")}, "overrides must name a field once, got beta twice"),
+        ({"overrides": ("colour=red",)}, "overrides must be among .*, got colour"),
+        ({"overrides": ("dropout=half",)}, "dropout must be a float, got 'half'"),
+        ({"preset": "smca-r18", "overrides": ()}, "preset must be one of .*, got 'smca-r18'"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(Path("data"), Path("out"), **changes)
+
+
+@pytest.mark.parametrize("override", ["num_classes=2", "backend=sdpa", "preset=detr-tiny", "pretrained_backbone=true"])
+def test_overrides_that_have_an_option_are_refused_before_data_is_opened(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "--data", "missing", "--out", "missing", "--overrides", override]) == 2
+    assert f"smca train: error: overrides can't set {override.split('=')[0]}" in capsys.readouterr().err
 
 
 def test_overrides_are_json_where_they_can_be() -> None:
