@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from small_disk import files_of_at_most
 
 from smca_kernels.tools import cli
 from smca_model import weights
-from smca_model.training import checkpoint, dry_run, setup
+from smca_model.training import checkpoint, distributed, dry_run, setup
 from smca_model.training.engine import Trainer, TrainingError
 from smca_model.training.loop import train
 from smca_model.training.metrics import read_metrics
 from smca_model.training.settings import Settings
 from smca_model.training.signals import Stopped
 
+ROOT = Path(__file__).parents[2]
 SIZE = 48
 TINY = ("hidden_dim=32", "num_heads=2", "decoder_layers=2", "num_queries=10", "ffn_dim=64", "dropout=0.1")
 
@@ -393,6 +395,31 @@ def test_a_dry_run_reports_and_writes_nothing(
     assert " s a step, " in told
     assert "peak memory " in told
     assert not list(tmp_path.iterdir())
+
+
+def test_every_command_imports_and_trains_without_the_modules_of_unix(data: Path, tmp_path: Path) -> None:
+    command = ["train", "--data", str(data), "--preset", "smca-tiny", "--overrides", *TINY, "--sizes", "48"]
+    command += ["--max-size", "96", "--epochs", "1", "--workers", "0"]
+    program = (
+        "import sys\n"
+        "from importlib import import_module\n"
+        "import torch, torch.utils.tensorboard\n"  # what they need is theirs to find
+        "sys.modules['resource'] = sys.modules['fcntl'] = sys.modules['pwd'] = sys.modules['termios'] = None\n"
+        "from smca_kernels.tools.cli import COMMANDS, main\n"
+        "for module, _ in COMMANDS.values(): import_module(module)\n"
+        f"assert main({[*command, '--dry-run']!r}) == 0\n"
+        f"assert main({[*command, '--out', str(tmp_path / 'run')]!r}) == 0\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "peak memory is not known on this system" in ended.stdout
+
+
+def test_a_build_of_torch_without_process_groups_trains_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.summed([1.0], torch.device("cpu")) == [1.0]
 
 
 def test_the_largest_batch_holds_the_highest_and_the_widest_image() -> None:
