@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A subcommand's ValueError is printed as ``smca NAME: error: …`` with exit status 2, an error of the system (a full
     disk, say) as the same line with the file's name and exit status 1.
+    Characters that the output's encoding lacks are replaced.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Words for people: in an encoding without × or –, a question mark is better than the end of a run.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     description = "Spatially modulated co-attention (SMCA) for DETR decoders."

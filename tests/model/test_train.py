@@ -415,6 +415,20 @@ def test_every_command_imports_and_trains_without_the_modules_of_unix(data: Path
     assert "peak memory is not known on this system" in ended.stdout
 
 
+@pytest.mark.parametrize("start", ["from smca_kernels.tools.cli import main; main(['train', *sys.argv[1:]])", ""])
+def test_a_run_goes_to_its_end_where_the_output_has_no_multiplication_sign(
+    data: Path, tmp_path: Path, start: str
+) -> None:
+    command = ["-c", f"import sys; {start}"] if start else ["-m", "smca_model.train"]
+    command += ["--data", str(data), "--out", str(tmp_path / "run"), "--preset", "smca-tiny", "--overrides", *TINY]
+    command += ["--sizes", "48", "--max-size", "96", "--epochs", "1", "--workers", "0"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1251:strict", "PYTHONUTF8": "0"}
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert b"trained parameters, on 1 ? " in ended.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_a_build_of_torch_without_process_groups_trains_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     monkeypatch.delattr(torch.distributed, "is_initialized")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +124,34 @@ def test_output_to_a_full_disk_is_told_in_one_line() -> None:
             [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert (ended.returncode, ended.stderr) == (1, "smca env: error: output: No space left on device\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251:strict", "cp437", "latin-1:surrogateescape"])
+def test_characters_that_the_output_cant_show_are_replaced(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "words_command.py").write_text(
+        "import sys\n"
+        "def add_arguments(parser): parser.add_argument('--fail', action='store_true', help='800×1120 – …')\n\n"
+        "def run(args):\n"
+        "    print('800×1120 – … 漢')\n"
+        "    print('800×1120 – … 漢', file=sys.stderr)\n"
+        "    if args.fail: raise ValueError('at least 1×1, got –')\n"
+        "    return 0\n",
+        "utf-8",
+    )
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
+        "from smca_kernels.tools import cli\n"
+        "cli.COMMANDS = {'words': ('words_command', 'a × b')}\n"
+        "sys.exit(cli.main(['words', *sys.argv[1:]]))\n"
+    )
+    for argument, status in (("", 0), ("--fail", 2), ("--help", 0)):
+        command = [sys.executable, "-c", program, *argument.split()]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        ended = subprocess.run(command, env=environment, capture_output=True)
+        assert ended.returncode == status, ended.stderr
+        assert all(part in ended.stdout for part in (b"800", b"1120 "))
+        assert b"Traceback" not in ended.stderr
+        assert (b"smca words: error: at least 1" in ended.stderr) == (argument == "--fail")
 
 
 def test_an_interrupt_exits_with_130(add_command: AddCommand) -> None:
