@@ -6,6 +6,8 @@ import argparse
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from smca_kernels.tools.arguments import check_packages
+
 from .config import Config
 
 if TYPE_CHECKING:
@@ -144,6 +146,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """`smca presets`: exit status 0.
+
+    Raises:
+        ValueError: when it can't start.
+    """
+    check_packages(("torchvision",), "model")
     unknown = [name for name in args.names if name not in PRESETS]
     if unknown:
         raise ValueError(f"NAME must be among {', '.join(PRESETS)}, got {', '.join(unknown)}")
