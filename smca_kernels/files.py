@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +18,14 @@ def replacing(path: Path) -> Iterator[Path]:
         path: where the file is to be; its folder must exist.
 
     Raises:
-        OSError: when the folder is missing or can't be written.
+        OSError: with the path's name, when the folder is missing, full or can't be written.
     """
+    with naming(path), _replacing(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     descriptor, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     os.close(descriptor)
     try:
@@ -38,3 +45,12 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give every OSError inside the name of the file that is written; those of writing, unlike opening, have none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error

@@ -6,6 +6,8 @@ import argparse
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from smca_kernels.tools.arguments import check_packages
+
 from .config import Config
 
 if TYPE_CHECKING:
@@ -96,14 +98,19 @@ def build(
     """
     from .detector import SMCA
 
+    config = configure(preset, num_classes, **overrides)
+    return SMCA(config, backend=backend, pretrained_backbone=pretrained_backbone)
+
+
+def configure(preset: str, num_classes: int = 91, **overrides: Any) -> Config:
+    """The configuration of a preset with overrides; arguments and errors as `build`, which builds it."""
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     known = {field.name for field in fields(Config)}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ValueError(f"overrides must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    config = replace(PRESETS[preset], num_classes=num_classes, **overrides)
-    return SMCA(config, backend=backend, pretrained_backbone=pretrained_backbone)
+    return replace(PRESETS[preset], num_classes=num_classes, **overrides)
 
 
 def count(config: Config, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -139,6 +146,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """`smca presets`: exit status 0.
+
+    Raises:
+        ValueError: when it can't start.
+    """
+    check_packages(("torchvision",), "model")
     unknown = [name for name in args.names if name not in PRESETS]
     if unknown:
         raise ValueError(f"NAME must be among {', '.join(PRESETS)}, got {', '.join(unknown)}")

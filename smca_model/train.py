@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: when it can't start.
+        OSError: with the file's name, when one can't be written.
     """
     check_packages(("pycocotools", "safetensors", "scipy", "tensorboard", "torchvision", "tqdm"), "model")
     given = {item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)}
@@ -57,8 +58,15 @@ def run(args: argparse.Namespace) -> int:
     if args.resume:
         if "out" in given:
             raise ValueError("--out can't be given with --resume: a run goes on in its own folder")
-        saved = checkpoint.load(Path(args.resume) / "checkpoint.pt")["settings"]
-        settings = Settings(**{**saved, **given, "out": args.resume})
+        path = Path(args.resume) / "checkpoint.pt"
+        state = checkpoint.load(path)
+        checkpoint.check(state, path)
+        try:
+            before = Settings(**state["settings"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged checkpoint: its settings can't be used ({error})") from error
+        del state  # it is as large as the model, and read again by the run
+        settings = replace(before, **{**given, "out": args.resume})
     else:
         absent = [name for name in ("data", *(() if args.dry_run else ("out",))) if not given.get(name)]
         if absent:

@@ -7,13 +7,14 @@ meant for, so that `load` needs nothing else.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,7 +95,7 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
 
     Raises:
         ValueError: for another number of classes than the model has.
-        OSError: when the file can't be written.
+        OSError: with the file's name, when it can't be written.
     """
     _check_classes(classes, model.config)
     metadata = {
@@ -105,7 +106,13 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
     }
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
-        save_file(state, temporary, metadata)
+        try:
+            save_file(state, temporary, metadata)
+        except SafetensorError as error:  # it has the system's error as text alone
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise OSError(errno.EIO, str(error)) from error
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: Any) -> SMCA:
@@ -129,14 +136,18 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: An
         raise ValueError(
             f"path must be a file of format {FORMAT!r}, got {os.fspath(path)} of {metadata.get('format')!r}"
         )
+    name = os.fspath(path)
+    config, classes, image_size = _read_metadata(metadata, name)
     try:
-        config = replace(Config(**json.loads(metadata["config"])), **overrides)
+        config = replace(config, **overrides)
     except TypeError as error:
         raise ValueError(f"overrides must be fields of Config, got {', '.join(overrides)} ({error})") from error
-    model = SMCA(config, backend=backend)
-    _load_strictly(model, state, os.fspath(path))
-    model.classes = tuple(json.loads(metadata["classes"]))
-    model.image_size = tuple(json.loads(metadata["image_size"]))
+    try:
+        model = SMCA(config, backend=backend)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{name} must hold a configuration that can be built, got {config} ({error})") from error
+    _load_strictly(model, state, name)
+    model.classes, model.image_size = classes, image_size
     return model.eval()
 
 
@@ -159,19 +170,28 @@ def load_official(
     state = _official_state(checkpoint)
     renamed = {ours: state[theirs] for theirs, ours in _our_names(state).items() if ours is not None}
     strangers = [theirs for theirs, ours in _our_names(state).items() if ours is None]
-    needed = ("query_embed.weight", "class_embed.weight", "decoder.layers.0.co_attn.prior.offset.weight")
-    missing = [name for name in (*needed, "encoder.blocks.0.ffn.0.linear1.weight") if name not in renamed]
+    needed = [
+        "query_embed.weight",
+        "class_embed.weight",
+        "decoder.layers.0.co_attn.prior.offset.weight",
+        "encoder.blocks.0.ffn.0.linear1.weight",
+    ]
+    missing = [name for name in needed if name not in renamed]
     if missing or strangers:
         raise ValueError(
             "checkpoint must be one of the authors' single-scale SMCA, "
-            f"lacking: {_shortened(missing)}; not known: {_shortened(strangers)}"
+            f"lacking: {_shortened(missing)}; not known: {_shortened(strangers)}{_of_file(checkpoint)}"
         )
+    shapeless = [name for name in needed if renamed[name].dim() != 2]
+    if shapeless:
+        raise ValueError(f"checkpoint must have matrices as {_shortened(shapeless)}{_of_file(checkpoint)}")
     num_queries, hidden_dim = renamed["query_embed.weight"].shape
     scale_outputs = renamed.get("decoder.layers.0.co_attn.prior.object_scale.bias", torch.empty(0)).shape[0]
     scale_types = {0: "fixed", _OFFICIAL_HEADS: "single", 2 * _OFFICIAL_HEADS: "independent"}
     if scale_outputs not in scale_types:
         raise ValueError(
             f"checkpoint must be of type1, type2 or type3: point3 with 0, 8 or 16 outputs, got {scale_outputs}"
+            f"{_of_file(checkpoint)}"
         )
     config = Config(
         backbone="resnet101" if "backbone.body.layer3.22.conv1.weight" in renamed else "resnet50",
@@ -186,7 +206,7 @@ def load_official(
         beta=beta,
     )
     model = SMCA(config, backend=backend)
-    _load_strictly(model, renamed, "checkpoint")
+    _load_strictly(model, renamed, "checkpoint" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint))
     nameless = config.num_classes - len(COCO_CLASSES)
     if nameless in (0, 1):
         model.classes = COCO_CLASSES + (NO_CLASS,) * nameless
@@ -225,10 +245,41 @@ def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any
         else:
             used[name] = target
     if not used:
-        raise ValueError(f"checkpoint must be one of DETR, got names such as {_shortened(list(theirs))}")
+        raise ValueError(
+            f"checkpoint must be one of DETR, got names such as {_shortened(list(theirs))}{_of_file(checkpoint)}"
+        )
     model.load_state_dict({target: theirs[name] for name, target in used.items()}, strict=False)
     filled = set(used.values())
     return LoadReport(list(used), unused, [name for name in ours if name not in filled])
+
+
+def _read_metadata(metadata: Mapping[str, str], path: str) -> tuple[Config, tuple[str, ...], tuple[int, int]]:
+    """Configuration, class names and image size of a file of ours, each checked."""
+
+    def read(name: str) -> Any:
+        try:
+            return json.loads(metadata[name])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: its {name} must be JSON, got {metadata.get(name)!r}") from error
+
+    values, classes, image_size = (read(name) for name in ("config", "classes", "image_size"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: its config must be fields of Config by name, got {values!r}")
+    strangers = sorted(values.keys() - {field.name for field in fields(Config)})
+    if strangers:
+        raise ValueError(f"{path} has a configuration with fields that this version does not know: {strangers}")
+    try:
+        config = Config(**values)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its configuration can't be used ({error})") from error
+    if not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+        raise ValueError(f"{path} is damaged: its classes must be a list of names, got {classes!r}")
+    if len(classes) != config.num_classes:
+        raise ValueError(f"{path} is damaged: it must have {config.num_classes} class names, got {len(classes)}")
+    sides: list[Any] = image_size if isinstance(image_size, list) and len(image_size) == 2 else [None]
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise ValueError(f"{path} is damaged: its image_size must be two numbers of pixels, got {image_size!r}")
+    return config, tuple(classes), (sides[0], sides[1])
 
 
 def _check_classes(classes: Sequence[str], config: Config) -> None:
@@ -237,6 +288,7 @@ def _check_classes(classes: Sequence[str], config: Config) -> None:
 
 
 def _official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Tensor]:
+    source = checkpoint
     if not isinstance(checkpoint, Mapping):
         path = os.fspath(checkpoint)
         try:
@@ -247,9 +299,17 @@ def _official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> M
             reason = str(error).split(". ")[0]  # what follows advises to load without weights_only
             raise ValueError(f"checkpoint must be a file that torch.save wrote, got {path}: {reason}") from error
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError('checkpoint must hold a state dict, itself or under "model"')
-    return state
+    tensors = isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    )
+    if not state or not tensors:
+        raise ValueError(f'checkpoint must hold a state dict, itself or under "model"{_of_file(source)}')
+    return cast("Mapping[str, Tensor]", state)
+
+
+def _of_file(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> str:
+    """End of a message that says which file a checkpoint is from, if it is from one."""
+    return "" if isinstance(checkpoint, Mapping) else f" (in {os.fspath(checkpoint)})"
 
 
 def _our_names(state: Mapping[str, Tensor]) -> dict[str, str | None]:

@@ -6,6 +6,8 @@ A subcommand's module defines `add_arguments(parser)` and `run(args)`, which ret
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -32,14 +34,21 @@ COMMANDS = {
     "profile": ("smca_benchmarks.profile", "what each scale of the co-attention costs, call by call"),
     "env": ("smca_kernels.tools.env", "versions, devices and the backend of each dtype, for a bug report"),
 }
+FULL_DISK = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no EDQUOT
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `smca` with the given arguments (default: those of the process) and return its exit status.
 
-    A subcommand's ValueError is printed as ``smca NAME: error: …`` with exit status 2.
+    A subcommand's ValueError is printed as ``smca NAME: error: …`` with exit status 2, an error of the system (a full
+    disk, say) as the same line with the file's name and exit status 1.
+    Characters that the output's encoding lacks are replaced.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Words for people: in an encoding without × or –, a question mark is better than the end of a run.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else list(argv)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     description = "Spatially modulated co-attention (SMCA) for DETR decoders."
@@ -62,6 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever reads the output (`smca cost | head`) has had enough; the flush at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever reads the output (`smca cost | head`) has had enough.
+        _discard_output()
         return 1
+    except OSError as error:
+        if error.errno is None:  # no error of the system
+            raise
+        file = error.filename
+        if file is None and error.errno in FULL_DISK:  # errors of files have their names
+            file = "output"
+            _discard_output()
+        print(f"smca {chosen}: error: {f'{file}: ' if file else ''}{error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _discard_output() -> None:
+    """Let what is still to be printed vanish, or the flush at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,7 +18,7 @@ def process_group() -> Iterator[torch.device]:
     if device is not None:
         torch.cuda.set_device(device)
     device = device or torch.device("cpu")
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if "WORLD_SIZE" not in os.environ or _joined():
         yield device
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -28,19 +28,24 @@ def process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def _joined() -> bool:
+    """Whether this process is in a group; some builds of torch can't have any."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
     """Number of this process, 0 without torchrun. Process 0 alone writes files and speaks."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if _joined() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
     """The number of processes, 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined() else 1
 
 
 def summed(numbers: Sequence[float], device: torch.device) -> list[float]:
     """Sum each number over all processes."""
-    if not dist.is_initialized():
+    if not _joined():
         return list(numbers)
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -50,7 +55,7 @@ def summed(numbers: Sequence[float], device: torch.device) -> list[float]:
 
 def largest(number: float, device: torch.device) -> float:
     """The largest of a number that each process has."""
-    if not dist.is_initialized():
+    if not _joined():
         return number
     found = torch.tensor(number, dtype=torch.float64, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -59,7 +64,7 @@ def largest(number: float, device: torch.device) -> float:
 
 def joined(parts: list[Any]) -> list[Any]:
     """The lists of all processes, one after the other."""
-    if not dist.is_initialized():
+    if not _joined():
         return parts
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, parts)
@@ -68,7 +73,7 @@ def joined(parts: list[Any]) -> list[Any]:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if dist.is_initialized():
+    if _joined():
         dist.barrier()
 
 

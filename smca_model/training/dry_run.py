@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import statistics
 import sys
 import time
@@ -28,7 +28,8 @@ def dry_run(settings: Settings) -> dict[str, float]:
     Returns:
         steps; seconds_per_step and loading_seconds_per_step (medians; loading is the part of it that waited for
         data); projected_hours of all steps, without evaluations; peak_bytes of a step, and largest_peak_bytes of
-        a batch of the largest images that resizing can give, with 100 boxes each (on a CPU, of the whole process).
+        a batch of the largest images that resizing can give, with 100 boxes each (on a CPU, of the whole process;
+        nan where the system doesn't tell, as Windows).
     """
     with distributed.process_group() as device, arithmetic(settings, device):
         train_set, _ = open_data(settings)
@@ -76,15 +77,20 @@ def format_dry_run(found: dict[str, float]) -> str:
     """The report of `dry_run`, in words."""
     step, loading = found["seconds_per_step"], found["loading_seconds_per_step"]
     peak, largest = (found[name] / 2**30 for name in ("peak_bytes", "largest_peak_bytes"))
+    memory = f"peak memory {peak:.2f} GiB, {largest:.2f} GiB with a batch of the largest images"
     return (
         f"{step:.3f} s a step, {loading:.3f} s of them waiting for data\n"
         f"{found['steps']:.0f} steps: {found['projected_hours']:.2f} h, and the evaluations\n"
-        f"peak memory {peak:.2f} GiB, {largest:.2f} GiB with a batch of the largest images"
+        f"{'peak memory is not known on this system' if math.isnan(peak) else memory}"
     )
 
 
 def _peak_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Unix alone has it
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

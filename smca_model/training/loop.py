@@ -57,11 +57,16 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
             raise ValueError(f"out must be a folder without a run, but {out} holds one; go on with --resume {out}")
         facts = {"classes": list(train_set.classes), "images": len(train_set), "step_images": images_per_step(settings)}
         if state is not None:
-            _check_continues(state, settings, facts)
+            read_metrics(out)  # a damaged file ends the run here, not after its work
+            _check_continues(state, settings, facts, out / "checkpoint.pt")
         model = build_model(settings, len(train_set.classes), from_weights=state is None, device=device)
         trainer = Trainer(model, settings, steps_per_epoch)
         if state is not None:
-            trainer.load_state(state)
+            try:
+                trainer.load_state(state)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+                raise ValueError(f"{out / 'checkpoint.pt'} does not fit the run that it is of ({reason})") from error
         metrics = None
         if distributed.rank() == 0:
             try:
@@ -168,9 +173,13 @@ def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics 
             log(f"epoch {epoch}: AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}")
 
 
-def _check_continues(state: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> None:
-    """Raise ValueError where the run that a checkpoint is of could not go on as it began."""
+def _check_continues(state: dict[str, Any], settings: Settings, facts: dict[str, Any], path: Path) -> None:
+    """Raise ValueError where the run that a checkpoint is of could not go on as it began, or is damaged."""
+    checkpoint.check(state, path)
     before, now = {**state["settings"], **state["facts"]}, {**asdict(settings), **facts}
+    missing = [name for name in now if name not in before]
+    if missing:
+        raise ValueError(f"{path} is a damaged checkpoint: it lacks {', '.join(missing)}")
     changed = [n for n in now if n not in CHANGEABLE and now[n] != before[n]]
     if changed:
         differences = "; ".join(f"{n} {before[n]} there, {now[n]} here" for n in changed)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import math
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
-from smca_kernels.files import write_text
+from smca_kernels.files import naming, write_text
 
 
 class Metrics:
@@ -26,24 +28,69 @@ class Metrics:
         # The evaluation at the step itself is run again: it may not have come to its end.
         kept = [line for line in read_metrics(folder) if line["step"] < step + ("AP" not in line)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        _keep_quiet_what_flush_raises()
+        self.board_folder = folder / "tensorboard"
+        with naming(self.board_folder):
+            self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
 
     def write(self, group: str, numbers: dict[str, float]) -> None:
-        """One line, of numbers by name; `step` is among them."""
+        """One line, of numbers by name; `step` is among them.
+
+        Raises:
+            OSError: with the file's name, when it can't be written; no part of the line is left in it.
+        """
         # JSON has no infinity, which the norm of an overflown gradient in fp16 is.
         line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, number in numbers.items():
-            self.board.add_scalar(f"{group}/{name}", number, int(numbers["step"]))
-        self.board.flush()
+        with naming(self.path):
+            whole = self.path.stat().st_size
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError:
+                os.truncate(self.path, whole)
+                raise
+        with naming(self.board_folder):
+            for name, number in numbers.items():
+                self.board.add_scalar(f"{group}/{name}", number, int(numbers["step"]))
+            self.board.flush()
+
+
+@functools.cache
+def _keep_quiet_what_flush_raises() -> None:
+    """Print no traceback for an OSError in the thread that writes TensorBoard's files: `flush` raises it again."""
+    print_traceback = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            print_traceback(args)
+
+    threading.excepthook = hook
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without one that a crash cut off; those of evaluations have "AP"."""
-    lines = []
+    """The lines of a run's metrics.jsonl, without a last one that a crash cut off; those of evaluations have "AP".
+
+    Raises:
+        ValueError: with file and line, for a line that is no JSON object with a `step`, and a file that can't be read.
+    """
     path = folder / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+    try:
+        texts = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror})") from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError
+        except ValueError:  # UnicodeDecodeError and JSONDecodeError are such
+            if number == len(texts):
+                break
+            shown = text[:60].decode("utf-8", "backslashreplace")
+            raise ValueError(
+                f"{path}, line {number}: must be a JSON object with a step, got {shown!r}; "
+                "take the line out, or move the file away"
+            ) from None
+        lines.append(line)
     return lines

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import MAX_SIZE, SIZES
+from ..presets import configure
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 DROP = 10.0  # the paper divides the learning rate by this, once
@@ -71,15 +72,24 @@ class Settings:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
-        self.model_overrides()
+        configure(self.preset, **self.model_overrides())
 
     def model_overrides(self) -> dict[str, Any]:
         """`overrides` by name, each value read as JSON where it is JSON, else as a string."""
         found: dict[str, Any] = {}
+        own = {each.name: each.name.replace("_", "-") for each in fields(self)}
         for item in self.overrides:
             name, equals, value = item.partition("=")
             if not (name and equals):
                 raise ValueError(f"overrides must be of the form NAME=VALUE, got {item!r}")
+            if name == "num_classes":
+                raise ValueError(
+                    f"overrides can't set num_classes, which follows from the classes of --data, got {item!r}"
+                )
+            if name in own:
+                raise ValueError(f"overrides can't set {name}, which has an option, --{own[name]}, got {item!r}")
+            if name in found:
+                raise ValueError(f"overrides must name a field once, got {name} twice")
             try:
                 found[name] = json.loads(value)
             except json.JSONDecodeError:

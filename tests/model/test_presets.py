@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -54,6 +55,17 @@ def test_the_presets_command_prints_counts_beside_the_paper_s(capsys):
     assert unshared.split() == ["smca-ms-noshare-r50", "47.42", "47.3", "+0.2%", "141.40", "–", "800×1120"]
     assert tiny.split()[0] == "smca-tiny"
     assert tiny.split()[-1] == "96×96"
+
+
+def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.delitem(sys.modules, "smca_model.detector", raising=False)
+
+    assert main(["presets"]) == 2
+
+    message = "smca presets: error: needs torchvision: pip install 'smca_kernels[model]'\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_the_image_size_can_be_chosen(capsys):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,18 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tensorboard")
 pytest.importorskip("torchvision")
 
+from small_disk import files_of_at_most
+
 from smca_kernels.tools import cli
 from smca_model import weights
-from smca_model.training import checkpoint, dry_run, setup
+from smca_model.training import checkpoint, distributed, dry_run, setup
 from smca_model.training.engine import Trainer, TrainingError
 from smca_model.training.loop import train
 from smca_model.training.metrics import read_metrics
 from smca_model.training.settings import Settings
 from smca_model.training.signals import Stopped
 
+ROOT = Path(__file__).parents[2]
 SIZE = 48
 TINY = ("hidden_dim=32", "num_heads=2", "decoder_layers=2", "num_queries=10", "ffn_dim=64", "dropout=0.1")
 
@@ -226,6 +231,40 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.C
     assert f"there is no file {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"colour": "red"}}, "settings can't be used .*colour"),
+        ({"settings": {"epochs": 0}}, "settings can't be used .epochs must be at least 1"),
+        ({"facts": {}}, "it lacks classes, images, step_images"),
+        ({"step": None}, "its step must be a int"),
+        ({"model": {}}, "does not fit the run that it is of"),
+        ({"optimizer": {}}, "does not fit the run that it is of"),
+        ({"scaler": 3}, "its scaler must be a dict, got int"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_its_path(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    state = state_of(run)
+    if changes.get("settings"):
+        changes = {"settings": state["settings"] | changes["settings"]}
+    checkpoint.save(tmp_path / "checkpoint.pt", state | changes)
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(f"smca train: error: {re.escape(str(tmp_path))}/checkpoint.pt .*{message}", told)
+
+
+def test_damaged_metrics_are_refused_by_their_path_before_anything_runs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save(tmp_path / "checkpoint.pt", state_of(run))
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 1}\n')
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'metrics.jsonl'}, line 1: must be a JSON object" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.jsonl"]
+
+
 # -------------------------------------------------------------------------------------------------- settings and errors
 
 
@@ -237,12 +276,32 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.C
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"precision": "fp8"}, "precision must be one of .*, got 'fp8'"),
         ({"overrides": ("dropout",)}, "overrides must be of the form NAME=VALUE, got 'dropout'"),
+        (
+            {"overrides": ("num_classes=2",)},
+            "num_classes, which follows from the classes of --data, got 'num_classes=2'",
+        ),
+        ({"overrides": ("backend=sdpa",)}, "backend, which has an option, --backend, got 'backend=sdpa'"),
+        ({"overrides": ("preset=smca-r50",)}, "preset, which has an option, --preset, got 'preset=smca-r50'"),
+        ({"overrides": ("pretrained_backbone=0",)}, "which has an option, --pretrained-backbone, got 'pretrained_"),
+        ({"overrides": ("lr=1",)}, "lr, which has an option, --lr, got 'lr=1'"),
+        ({"overrides": ("beta=1", "beta=2")}, "overrides must name a field once, got beta twice"),
+        ({"overrides": ("colour=red",)}, "overrides must be among .*, got colour"),
+        ({"overrides": ("dropout=half",)}, "dropout must be a float, got 'half'"),
+        ({"preset": "smca-r18", "overrides": ()}, "preset must be one of .*, got 'smca-r18'"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(Path("data"), Path("out"), **changes)
+
+
+@pytest.mark.parametrize("override", ["num_classes=2", "backend=sdpa", "preset=detr-tiny", "pretrained_backbone=true"])
+def test_overrides_that_have_an_option_are_refused_before_data_is_opened(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "--data", "missing", "--out", "missing", "--overrides", override]) == 2
+    assert f"smca train: error: overrides can't set {override.split('=')[0]}" in capsys.readouterr().err
 
 
 def test_overrides_are_json_where_they_can_be() -> None:
@@ -289,6 +348,24 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_status_1(
     assert "smca train: step 0: the loss giou is nan" in capsys.readouterr().err
 
 
+def test_a_full_disk_ends_the_command_with_the_file_s_name_and_the_last_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    stop_at(monkeypatch, 0)
+    with pytest.raises(Stopped):
+        train(settings(data, out))
+    names = sorted(path.name for path in out.iterdir())
+    with files_of_at_most((out / "checkpoint.pt").stat().st_size // 2):
+        assert cli.main(["train", "--resume", str(out)]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert told == [f"smca train: error: {out / 'checkpoint.pt'}: File too large"]
+    assert state_of(out)["step"] == 1
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert cli.main(["train", "--resume", str(out), "--epochs", "1"]) == 0
+    assert state_of(out)["step"] == 4
+
+
 def test_pretrained_weights_are_the_default_where_the_backbone_has_any(
     monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
@@ -318,6 +395,45 @@ def test_a_dry_run_reports_and_writes_nothing(
     assert " s a step, " in told
     assert "peak memory " in told
     assert not list(tmp_path.iterdir())
+
+
+def test_every_command_imports_and_trains_without_the_modules_of_unix(data: Path, tmp_path: Path) -> None:
+    command = ["train", "--data", str(data), "--preset", "smca-tiny", "--overrides", *TINY, "--sizes", "48"]
+    command += ["--max-size", "96", "--epochs", "1", "--workers", "0"]
+    program = (
+        "import sys\n"
+        "from importlib import import_module\n"
+        "import torch, torch.utils.tensorboard\n"  # what they need is theirs to find
+        "sys.modules['resource'] = sys.modules['fcntl'] = sys.modules['pwd'] = sys.modules['termios'] = None\n"
+        "from smca_kernels.tools.cli import COMMANDS, main\n"
+        "for module, _ in COMMANDS.values(): import_module(module)\n"
+        f"assert main({[*command, '--dry-run']!r}) == 0\n"
+        f"assert main({[*command, '--out', str(tmp_path / 'run')]!r}) == 0\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "peak memory is not known on this system" in ended.stdout
+
+
+@pytest.mark.parametrize("start", ["from smca_kernels.tools.cli import main; main(['train', *sys.argv[1:]])", ""])
+def test_a_run_goes_to_its_end_where_the_output_has_no_multiplication_sign(
+    data: Path, tmp_path: Path, start: str
+) -> None:
+    command = ["-c", f"import sys; {start}"] if start else ["-m", "smca_model.train"]
+    command += ["--data", str(data), "--out", str(tmp_path / "run"), "--preset", "smca-tiny", "--overrides", *TINY]
+    command += ["--sizes", "48", "--max-size", "96", "--epochs", "1", "--workers", "0"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1251:strict", "PYTHONUTF8": "0"}
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert b"trained parameters, on 1 ? " in ended.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_build_of_torch_without_process_groups_trains_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.summed([1.0], torch.device("cpu")) == [1.0]
 
 
 def test_the_largest_batch_holds_the_highest_and_the_widest_image() -> None:

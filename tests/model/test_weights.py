@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import json
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors import safe_open
 from safetensors.torch import save_file
+from small_disk import files_of_at_most
 from tiny_detector import MULTI, tiny_detector
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -280,6 +285,24 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_an_os_error_with_the_file_s_name_and_nothing_half_written(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weights.save(tiny_detector(), path, CLASSES)
+    before = path.read_bytes()
+
+    with files_of_at_most(len(before) // 2), pytest.raises(OSError, match=re.escape(str(path))) as raised:
+        weights.save(tiny_detector(), path, CLASSES)
+
+    assert raised.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_in_a_folder_that_is_not_there_are_an_os_error_with_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing/model\.safetensors"):
+        weights.save(tiny_detector(), tmp_path / "missing" / "model.safetensors", CLASSES)
+
+
 def test_files_of_another_kind_are_refused_by_their_path(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "notes.txt").write_text("not weights")
@@ -289,6 +312,51 @@ def test_files_of_another_kind_are_refused_by_their_path(tmp_path):
     for name in ("notes.txt", "missing.safetensors"):
         with pytest.raises(ValueError, match=f"path must be a file of weights, got .*{name}"):
             weights.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("classes", '["a", "b"]', "is damaged: it must have 5 class names, got 2"),
+        ("classes", '{"a": 1}', "is damaged: its classes must be a list of names"),
+        ("classes", "[1, 2, 3, 4, 5]", "is damaged: its classes must be a list of names"),
+        ("classes", None, "is damaged: its classes must be JSON, got None"),
+        ("image_size", "[800]", "is damaged: its image_size must be two numbers of pixels"),
+        ("image_size", '[800, "x"]', "is damaged: its image_size must be two numbers of pixels"),
+        ("image_size", "{", "is damaged: its image_size must be JSON, got '{'"),
+        ("config", None, "is damaged: its config must be JSON, got None"),
+        ("config", "[]", r"its config must be fields of Config by name, got \[\]"),
+        ("config", {"colour": "red"}, "fields that this version does not know: .'colour'"),
+        ("config", {"num_heads": "two"}, "its configuration can't be used .num_heads must be a int, got 'two'"),
+        ("config", {"backbone": "resnet18"}, "must hold a configuration that can be built"),
+        ("config", {"hidden_dim": 2**48, "backbone": "tiny"}, "must hold a configuration that can be built"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_its_path(tmp_path, part, value, message):
+    path = tmp_path / "model.safetensors"
+    weights.save(tiny_detector(), path, CLASSES)
+    with safe_open(path, framework="pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if isinstance(value, dict):
+        value = json.dumps(json.loads(metadata["config"]) | value)
+    metadata[part] = value
+    if value is None:
+        del metadata[part]
+    save_file(state, path, metadata)
+
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} .*{message}") as raised:
+        weights.load(path)
+    assert "overrides" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": 7}, {"model": {3: torch.zeros(1)}}, [torch.zeros(1)], {"model": {"a": "b"}}, {}]
+)
+def test_a_checkpoint_without_a_state_dict_is_refused_by_its_path(tmp_path, content):
+    torch.save(content, tmp_path / "checkpoint.pth")
+
+    with pytest.raises(ValueError, match=r'state dict, itself or under "model" \(in .*checkpoint\.pth\)'):
+        load_official(tmp_path / "checkpoint.pth")
 
 
 # --- DETR ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,6 +100,58 @@ def test_any_other_error_of_a_subcommand_keeps_its_traceback(add_command: AddCom
     add_command("raise RuntimeError('a bug')")
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["example"])
+
+
+def test_a_file_that_cant_be_written_is_told_in_one_line_with_status_1(
+    add_command: AddCommand, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_command("raise OSError(28, 'No space left on device', 'runs/checkpoint.pt')")
+    assert cli.main(["example"]) == 1
+    assert capsys.readouterr().err == "smca example: error: runs/checkpoint.pt: No space left on device\n"
+
+
+def test_an_error_without_a_number_of_the_system_keeps_its_traceback(add_command: AddCommand) -> None:
+    add_command("raise OSError('could not get source code')")
+    with pytest.raises(OSError, match="source code"):
+        cli.main(["example"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_to_a_full_disk_is_told_in_one_line() -> None:
+    program = "import sys; from smca_kernels.tools.cli import main; sys.exit(main(['env']))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (1, "smca env: error: output: No space left on device\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251:strict", "cp437", "latin-1:surrogateescape"])
+def test_characters_that_the_output_cant_show_are_replaced(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "words_command.py").write_text(
+        "import sys\n"
+        "def add_arguments(parser): parser.add_argument('--fail', action='store_true', help='800×1120 – …')\n\n"
+        "def run(args):\n"
+        "    print('800×1120 – … 漢')\n"
+        "    print('800×1120 – … 漢', file=sys.stderr)\n"
+        "    if args.fail: raise ValueError('at least 1×1, got –')\n"
+        "    return 0\n",
+        "utf-8",
+    )
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
+        "from smca_kernels.tools import cli\n"
+        "cli.COMMANDS = {'words': ('words_command', 'a × b')}\n"
+        "sys.exit(cli.main(['words', *sys.argv[1:]]))\n"
+    )
+    for argument, status in (("", 0), ("--fail", 2), ("--help", 0)):
+        command = [sys.executable, "-c", program, *argument.split()]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        ended = subprocess.run(command, env=environment, capture_output=True)
+        assert ended.returncode == status, ended.stderr
+        assert all(part in ended.stdout for part in (b"800", b"1120 "))
+        assert b"Traceback" not in ended.stderr
+        assert (b"smca words: error: at least 1" in ended.stderr) == (argument == "--fail")
 
 
 def test_an_interrupt_exits_with_130(add_command: AddCommand) -> None:
