@@ -31,7 +31,7 @@ from smca_kernels.nn.checks import (
     check_shape,
     check_strides,
 )
-from smca_kernels.nn.linear import UnitLinear, XavierLinear
+from smca_kernels.nn.linear import UnitLinear, XavierLinear, in_computing_dtype
 
 GEOMETRIES = ("official", "paper")
 MODULATIONS = ("per_head", "shared", "none")
@@ -315,8 +315,8 @@ def _mlp(width: int, depth: int) -> nn.Sequential:
 
 
 def _predict(predictor: nn.Module, features: Tensor) -> Tensor:
-    """Apply a predictor in the dtype of its parameters, whatever that of the features."""
-    outputs: Tensor = predictor(features.to(next(predictor.parameters()).dtype))
+    """Apply a predictor in the dtype that it computes in, whatever that of the features."""
+    outputs: Tensor = predictor(in_computing_dtype(features, predictor))
     return outputs
 
 
