@@ -13,6 +13,12 @@ from torchvision.ops import FrozenBatchNorm2d
 BACKBONES = ("resnet50", "resnet101", "tiny")
 
 
+class _FrozenBatchNorm(FrozenBatchNorm2d):
+    def reset_parameters(self) -> None:
+        for name, buffer in self.named_buffers():
+            buffer.fill_(1.0 if name in ("weight", "running_var") else 0.0)
+
+
 class ResNet(nn.Module):
     """A torchvision ResNet with frozen batch norm; stem and first stage are not trained, as in DETR.
 
@@ -38,7 +44,7 @@ class ResNet(nn.Module):
             body = torchvision.models.get_model(
                 name,
                 weights=weights,
-                norm_layer=FrozenBatchNorm2d,
+                norm_layer=_FrozenBatchNorm,
                 replace_stride_with_dilation=(False, False, dilation),
             )
         except (OSError, RuntimeError) as error:
@@ -62,6 +68,14 @@ class ResNet(nn.Module):
         self.body = body
         for part in (body.conv1, body.layer1):
             part.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """Begin as torchvision's networks do, without pretrained weights."""
+        for module in self.body.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, _FrozenBatchNorm):
+                module.reset_parameters()
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """{stride: map [B, channels, ⌈H / stride⌉, ⌈W / stride⌉]} of images [B, 3, H, W]."""

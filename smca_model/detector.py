@@ -33,6 +33,22 @@ class _Tokens(NamedTuple):
     valid_shapes: Tensor  # [B, S, 2]
 
 
+class _ClassHead(nn.Linear):
+    """Linear layer whose scores begin at `PRIOR_PROBABILITY`."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.bias, -math.log(1 / PRIOR_PROBABILITY - 1))
+
+
+class _LastOfBoxHead(nn.Linear):
+    """Linear layer that is 0 at the start: every box begins as half the image around its query's reference point."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class SMCA(nn.Module):
     """The detector of a configuration: images to boxes with class scores.
 
@@ -85,27 +101,36 @@ class SMCA(nn.Module):
             scale_selection=config.scale_selection,
             beta=config.beta,
         )
-        self.class_embed = nn.Linear(dim, config.num_classes)
+        self.class_embed = _ClassHead(dim, config.num_classes)
         self.bbox_embed = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4)
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), _LastOfBoxHead(dim, 4)
         )
-        self.reset_parameters()
+        self._fill_matrices()
 
     def reset_parameters(self) -> None:
-        """All but the backbone: Xavier matrices as DETR, priors wide, boxes at their centres, classes improbable."""
+        """Begin anew: every parameter, those of a pretrained backbone too, as in a new model without one.
+
+        Xavier matrices as DETR, priors wide, boxes at their centres, classes improbable. After `to_empty`, or a turn of
+        every module's own `reset_parameters`, nothing is left as it was in memory.
+        """
+        # Children first: a network has the last word on its convolutions.
+        for module in reversed(list(self.modules())):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None and module is not self:
+                reset()
+        self._fill_matrices()
+
+    def _fill_matrices(self) -> None:
+        """Set Xavier matrices as DETR does, all but the backbone's, and what that undoes in the priors."""
         for part in (self.input_proj, self.encoder, self.decoder):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-                elif part is self.input_proj:
-                    nn.init.zeros_(parameter)
+        for projection in self.input_proj:
+            nn.init.zeros_(projection.bias)
         for module in self.decoder.modules():
             if isinstance(module, SpatiallyModulatedCoAttention):
                 module.reset_parameters()
-        nn.init.constant_(self.class_embed.bias, -math.log(1 / PRIOR_PROBABILITY - 1))
-        # Every box begins as half the image around its query's reference point.
-        for parameter in self.bbox_embed[-1].parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """Detections in images of any sizes.

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smca_kernels.nn.linear import OutputProjection
+
 Kind = Literal["intra", "multi"]
 
 
@@ -36,10 +38,18 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = OutputProjection(dim, dim)
+        self._reset_projections()
+
+    def reset_parameters(self) -> None:
+        """Set Xavier projections with zero biases."""
+        self._reset_projections()
+        self.out_proj.reset_parameters()
+
+    def _reset_projections(self) -> None:
         nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
+        nn.init.zeros_(self.in_proj_bias)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[B, N, C] attended; tokens [B, N, C], positions [B, N, C]."""

@@ -4,6 +4,7 @@
     co_attention.py    SpatiallyModulatedCoAttention: projections, prior, `smca_attention` and output projection, in the
                        place of a decoder layer's nn.MultiheadAttention
     official.py        the parameters of the authors' released decoder layer, under our names
+    linear.py          linear layers that begin as both need them, and the dtype that one computes in
     checks.py          checks of the arguments of both modules
 
 Source: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021.

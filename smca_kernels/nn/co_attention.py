@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smca_kernels.attention import attention_map, smca_attention
 from smca_kernels.inputs import MAX_HEAD_DIM, ValidShapes
 from smca_kernels.nn.checks import check_floating, check_positive_int, check_probability, check_shape
+from smca_kernels.nn.linear import OutputProjection
 from smca_kernels.nn.official import official_layer_options, official_layer_state
 from smca_kernels.nn.prior import SpatialPrior, SpatialPriorOutput
 
@@ -74,7 +75,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
         self.batch_first = batch_first
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = OutputProjection(embed_dim, embed_dim)
         self.prior = SpatialPrior(
             embed_dim,
             num_heads,
@@ -94,13 +95,12 @@ class SpatiallyModulatedCoAttention(nn.Module):
         Call it again after any initialisation that fills every matrix of a model, as DETR's does.
         """
         self._reset_projections()
+        self.out_proj.reset_parameters()
         self.prior.reset_parameters()
 
     def _reset_projections(self) -> None:
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -31,6 +31,7 @@ from smca_kernels.nn.checks import (
     check_shape,
     check_strides,
 )
+from smca_kernels.nn.linear import UnitLinear, XavierLinear, in_computing_dtype
 
 GEOMETRIES = ("official", "paper")
 MODULATIONS = ("per_head", "shared", "none")
@@ -120,11 +121,11 @@ class SpatialPrior(nn.Module):
         self.axes = {"independent": 2, "single": 1, "fixed": 0}[scale_type] if modulated else 0
         has_center_mlp = modulated and predicts_center
         self.center_mlp = _mlp(embed_dim, CENTER_MLP_DEPTH[geometry]) if has_center_mlp else None
-        self.offset = nn.Linear(embed_dim, scales * num_heads * 2) if modulation == "per_head" else None
-        self.object_scale = nn.Linear(embed_dim, scales * self.map_heads * self.axes) if self.axes else None
-        self.scale_selection = nn.Linear(embed_dim, scales) if scale_selection and scales > 1 else None
+        self.offset = XavierLinear(embed_dim, scales * num_heads * 2) if modulation == "per_head" else None
+        # s = 1 for every query at the start (σ = 2 cells at β = 8), so that early gradients reach far.
+        self.object_scale = UnitLinear(embed_dim, scales * self.map_heads * self.axes) if self.axes else None
+        self.scale_selection = XavierLinear(embed_dim, scales) if scale_selection and scales > 1 else None
         self.norm = nn.LayerNorm(embed_dim) if geometry == "official" and self.uses_features else None
-        self.reset_parameters()
 
     @property
     def uses_features(self) -> bool:
@@ -138,14 +139,8 @@ class SpatialPrior(nn.Module):
         Call it again after any initialisation that fills every matrix of a model, as DETR's does.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
-                nn.init.xavier_uniform_(module.weight)
-        if self.norm is not None:
-            self.norm.reset_parameters()
-        if self.object_scale is not None:
-            nn.init.zeros_(self.object_scale.weight)
-            nn.init.ones_(self.object_scale.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -206,7 +201,7 @@ class SpatialPrior(nn.Module):
             )
         with autocast_off(features.device.type):
             if self.norm is not None:
-                features = self.norm(features.to(self.norm.weight.dtype))
+                features = _predict(self.norm, features)
             offset, object_scale, selection = (
                 None if predictor is None else _predict(predictor, features)
                 for predictor in (self.offset, self.object_scale, self.scale_selection)
@@ -315,13 +310,13 @@ def _mlp(width: int, depth: int) -> nn.Sequential:
     """Stack `depth` linear layers with ReLU between them, the last with two outputs."""
     layers: list[nn.Module] = []
     for _ in range(depth - 1):
-        layers += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, 2))
+        layers += [XavierLinear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, XavierLinear(width, 2))
 
 
 def _predict(predictor: nn.Module, features: Tensor) -> Tensor:
-    """Apply a predictor in the dtype of its parameters, whatever that of the features."""
-    outputs: Tensor = predictor(features.to(next(predictor.parameters()).dtype))
+    """Apply a predictor in the dtype that it computes in, whatever that of the features."""
+    outputs: Tensor = predictor(in_computing_dtype(features, predictor))
     return outputs
 
 

@@ -211,6 +211,57 @@ def test_the_prior_of_a_new_model_is_two_cells_wide():
         torch.testing.assert_close((2 * precision) ** -0.5, torch.full_like(precision, 2.0))
 
 
+def uninitialised(preset):
+    """On the CPU with NaN in every parameter and buffer, as `to_empty` may leave it."""
+    with torch.device("meta"):
+        model = build(preset, 5)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(math.nan)
+    return model
+
+
+def assert_begins_as_documented(model):
+    assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
+    torch.testing.assert_close(model.class_embed.bias.sigmoid(), torch.full((5,), 0.01))
+    assert not any(parameter.any() for parameter in model.bbox_embed[-1].parameters())
+    for layer in model.decoder.layers:
+        features = torch.randn(1, 4, model.config.hidden_dim)
+        shapes = [(4, 4)] * len(model.config.strides)
+        prior = layer.co_attn.prior(features, shapes, reference_logits=torch.zeros(1, 4, 2))
+        scale = [1.0] if len(shapes) == 1 else [stride / 32 for stride in model.config.strides]
+        sigma = (2 * prior.precision / torch.tensor(scale)[:, None]) ** -0.5
+        torch.testing.assert_close(sigma, torch.full_like(sigma, 2.0))
+
+
+@pytest.mark.parametrize("preset", [SINGLE, MULTI, "smca-dc5-r50"])
+def test_reset_parameters_makes_a_model_new(preset):
+    model, new = uninitialised(preset), build(preset, 5)
+
+    model.reset_parameters()
+
+    assert_begins_as_documented(model)
+    for (name, actual), expected in zip(model.state_dict().items(), new.state_dict().values(), strict=True):
+        spread = expected.std(correction=0).item()
+        if spread == 0.0:
+            assert torch.equal(actual, expected), name
+        elif actual.numel() >= 100:  # random numbers, drawn anew
+            assert actual.std(correction=0).item() == pytest.approx(spread, rel=0.3), name
+
+
+@pytest.mark.parametrize("preset", [SINGLE, MULTI])
+@pytest.mark.parametrize("order", [list, reversed])
+def test_modules_reset_in_turn_begin_as_a_new_model(preset, order):
+    model = uninitialised(preset)
+    owners = [module for module in model.modules() if len(module._parameters)]
+
+    for module in order(owners):
+        module.reset_parameters()  # as FSDP does, from the meta device
+
+    assert_begins_as_documented(model)
+
+
 def test_a_class_s_bias_is_its_prior_probability():
     torch.testing.assert_close(build(SINGLE, 5).class_embed.bias.sigmoid(), torch.full((5,), 0.01))
 
