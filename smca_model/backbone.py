@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 BACKBONES = ("resnet50", "resnet101", "tiny")
 
 
-class _FrozenBatchNorm(FrozenBatchNorm2d):
+class _FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
     def reset_parameters(self) -> None:
         for name, buffer in self.named_buffers():
             buffer.fill_(1.0 if name in ("weight", "running_var") else 0.0)

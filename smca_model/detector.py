@@ -127,7 +127,7 @@ class SMCA(nn.Module):
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
         for projection in self.input_proj:
-            nn.init.zeros_(projection.bias)
+            nn.init.zeros_(projection.get_parameter("bias"))
         for module in self.decoder.modules():
             if isinstance(module, SpatiallyModulatedCoAttention):
                 module.reset_parameters()
