@@ -13,7 +13,11 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Join the processes that torchrun started (NCCL, or gloo without GPUs), and give this process's device."""
+    """Join the processes that torchrun started (NCCL, or gloo without GPUs), and give this process's device.
+
+    The group ends with the context, at once in all processes where nothing went wrong. What reduces gradients in it
+    (`Trainer.close`) must be gone by then: one that outlives its group may wait for it forever.
+    """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     if device is not None:
         torch.cuda.set_device(device)
@@ -24,6 +28,7 @@ def process_group() -> Iterator[torch.device]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+        dist.barrier()  # none leaves while another still waits for it
     finally:
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import sys
@@ -31,11 +32,12 @@ def dry_run(settings: Settings) -> dict[str, float]:
         a batch of the largest images that resizing can give, with 100 boxes each (on a CPU, of the whole process;
         nan where the system doesn't tell, as Windows).
     """
-    with distributed.process_group() as device, arithmetic(settings, device):
+    with distributed.process_group() as device, arithmetic(settings, device), contextlib.ExitStack() as stack:
         train_set, _ = open_data(settings)
         steps_per_epoch = count_steps(settings, len(train_set))
         model = build_model(settings, len(train_set.classes), from_weights=False, device=device)
         trainer = Trainer(model, settings, steps_per_epoch)
+        stack.callback(trainer.close)
         loading, stepping = [], []
         began = time.perf_counter()
         for micro_batches in islice(epoch_batches(train_set, trainer), WARM_UP_STEPS + MEASURED_STEPS):

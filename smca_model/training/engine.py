@@ -7,6 +7,7 @@ images on (seed, epoch), an image's augmentation on (seed, epoch, image), dropou
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -101,6 +102,11 @@ class Trainer:
     def trained_model(self) -> SMCA:
         """The model to evaluate and to use: the moving average if there is one."""
         return self.model if self.ema is None else cast("SMCA", self.ema.module)
+
+    def close(self) -> None:
+        """Let go of what reduces gradients over the processes, which must not outlive their group; no step follows."""
+        self.parallel = None
+        gc.collect()  # it is part of a circle of references
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on, besides the settings."""

@@ -7,6 +7,7 @@ engine.py says why.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -49,7 +50,12 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
     if not settings.out:
         raise ValueError("out must be a folder for the run, got ''")
     out = Path(settings.out)
-    with distributed.process_group() as device, StopSignals() as stop, arithmetic(settings, device):
+    with (
+        distributed.process_group() as device,
+        StopSignals() as stop,
+        arithmetic(settings, device),
+        contextlib.ExitStack() as stack,
+    ):
         train_set, val_set = open_data(settings)
         steps_per_epoch = count_steps(settings, len(train_set))
         state = checkpoint.load(out / "checkpoint.pt") if resume else None
@@ -61,6 +67,7 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
             _check_continues(state, settings, facts, out / "checkpoint.pt")
         model = build_model(settings, len(train_set.classes), from_weights=state is None, device=device)
         trainer = Trainer(model, settings, steps_per_epoch)
+        stack.callback(trainer.close)
         if state is not None:
             try:
                 trainer.load_state(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,37 @@ def test_two_processes_give_the_gradient_of_one_with_twice_the_batch(data: Path,
     assert told[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert told[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     assert "AP" in told[1]
+
+
+def _whole_run(rank: int, port: int, data: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    reducing: list[weakref.ref[Any]] = []
+
+    class Parallel(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            reducing.append(weakref.ref(self))
+
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_process_group() -> None:
+        alive = [each for each in reducing if each() is not None]
+        (folder / f"alive{rank}").write_text(f"{len(alive)} of {len(reducing)}")
+        destroy()
+
+    torch.nn.parallel.DistributedDataParallel = Parallel  # type: ignore[misc]
+    torch.distributed.destroy_process_group = destroy_process_group
+    loop.train(settings(data, batch_size=2, epochs=1, out=str(folder / "run"), eval_every=1))
+
+
+def test_what_reduces_gradients_is_gone_before_the_processes_part(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_whole_run, (port, data, tmp_path), nprocs=2)
+    assert [(tmp_path / f"alive{rank}").read_text() for rank in range(2)] == ["0 of 1"] * 2
 
 
 def test_the_moving_average_lags_behind_the_weights(data: Path) -> None:
