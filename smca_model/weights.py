@@ -61,6 +61,14 @@ _RENAMED = {
     r"bbox_embed\.layers\.2\.": r"bbox_embed.4.",
 }
 _OFFICIAL_HEADS = 8
+# Parts that every DETR has, and for each the weights of which some must fit: biases may do so by chance.
+_SHARED_WITH_DETR = {
+    "backbone": r"backbone\..*weight",
+    "input_proj": r"input_proj\..*weight",
+    "encoder": r"encoder\..*in_proj_weight",
+    "decoder": r"decoder\..*co_attn\.in_proj_weight",
+    "bbox_embed": r"bbox_embed\.0\.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -226,10 +234,16 @@ def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any
         What was used, what was not and why, and what of the model kept its values; print it.
 
     Raises:
-        ValueError: for a file that is no such checkpoint, or one that nothing can be used of.
+        ValueError: for a file that is no such checkpoint, and for one of which less can be used than the parts that
+            every DETR shares with the model; the model is then as it was.
     """
     theirs = _official_state(checkpoint)
     ours = model.state_dict()
+    if any(name in ours and not name.startswith(("class_embed.", "query_embed.")) for name in theirs):
+        raise ValueError(
+            f"checkpoint must be one of DETR, got weights of smca_model{_of_file(checkpoint)}; --weights starts from "
+            "those, from the authors' and from DETR's"
+        )
     deepest = max(model.backbone.channels)  # DETR projects the deepest map, whichever of our scales that is
     scale = model.config.strides.index(deepest) if deepest in model.config.strides else 0
     used, unused = {}, {}
@@ -248,8 +262,22 @@ def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any
         raise ValueError(
             f"checkpoint must be one of DETR, got names such as {_shortened(list(theirs))}{_of_file(checkpoint)}"
         )
-    model.load_state_dict({target: theirs[name] for name, target in used.items()}, strict=False)
     filled = set(used.values())
+    lacking = [
+        part for part, weight in _SHARED_WITH_DETR.items() if not any(re.fullmatch(weight, target) for target in filled)
+    ]
+    if model.config.backbone == "tiny":  # DETR has no such backbone, nor its projection
+        lacking = [part for part in lacking if part not in ("backbone", "input_proj")]
+    elif not all(name in filled for name in ours if name.startswith("backbone.")):
+        lacking = sorted({*lacking, "backbone"}, key=list(_SHARED_WITH_DETR).index)
+    if lacking:
+        reasons = [f"{name} {reason}" for name, reason in unused.items() if not name.startswith("class_embed.")]
+        raise ValueError(
+            f"checkpoint must be one of DETR that the model shares its parts with, but {len(used)} of {len(theirs)} "
+            f"tensors fit, and {', '.join(lacking)} would start at random"
+            f"{_of_file(checkpoint)}: {_shortened(reasons)}"
+        )
+    model.load_state_dict({target: theirs[name] for name, target in used.items()}, strict=False)
     return LoadReport(list(used), unused, [name for name in ours if name not in filled])
 
 

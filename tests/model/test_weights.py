@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from smca_model import build, load_official, weights
 
 CLASSES = ("a", "b", "N/A", "d", "e")
+TINY_SIZES = {"hidden_dim": 32, "num_heads": 2, "ffn_dim": 48, "decoder_layers": 2, "num_queries": 7}
 
 # A small model of the authors': their 8 heads, everything else reduced.
 DIM, HEADS, FFN, LAYERS, QUERIES, LOGITS, BETA = 32, 8, 40, 2, 6, 92, 8.0
@@ -407,6 +408,33 @@ def test_detr_s_projection_goes_to_the_scale_of_the_same_map(resnet_state):
 
     assert model.config.strides[1] == 32
     assert torch.equal(model.input_proj[1].weight, state["input_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "lacking"),
+    [
+        ("smca-r50", {"hidden_dim": 64}, "input_proj, encoder, decoder"),
+        ("smca-r101", {"hidden_dim": DIM}, "backbone"),
+    ],
+)
+def test_a_start_from_detr_that_uses_less_than_the_shared_parts_is_refused(resnet_state, preset, changes, lacking):
+    model = build(preset, 91, **{"ffn_dim": FFN, "decoder_layers": 1, "encoder": "1intra"} | changes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    with pytest.raises(ValueError, match=f"tensors fit, and {lacking}.* would start at random: "):
+        weights.load_detr(model, detr_state(resnet_state))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_our_own_weights_as_a_start_from_detr_are_refused_with_the_option_for_them(tmp_path):
+    weights.save(tiny_detector(), tmp_path / "model.safetensors", CLASSES)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        torch.save({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "ours.pth")  # noqa: SIM118
+
+    with pytest.raises(ValueError, match=r"got weights of smca_model \(in .*ours\.pth\); --weights starts from those"):
+        weights.load_detr(tiny_detector(), tmp_path / "ours.pth")
+    with pytest.raises(ValueError, match=r"model\.safetensors.*"):
+        weights.load_detr(tiny_detector(), tmp_path / "model.safetensors")
 
 
 def test_a_checkpoint_that_shares_nothing_with_the_model_is_refused():
