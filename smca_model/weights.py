@@ -69,6 +69,8 @@ _SHARED_WITH_DETR = {
     "decoder": r"decoder\..*co_attn\.in_proj_weight",
     "bbox_embed": r"bbox_embed\.0\.weight",
 }
+# Fields of a configuration that may differ from that of the weights a model starts from.
+_FREE_AT_START = {"num_classes", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,70 @@ def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any
         )
     model.load_state_dict({target: theirs[name] for name, target in used.items()}, strict=False)
     return LoadReport(list(used), unused, [name for name in ours if name not in filled])
+
+
+def start(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> str:
+    """Initialise a detector from a file of `save`, a checkpoint of the authors' code, or one of DETR.
+
+    The class layer is taken over, name by name, where the file has all the classes wanted; else it keeps its values.
+    Everything else must fit, but for DETR's checkpoints, of which `load_detr` takes what has a place.
+
+    Args:
+        model: changed in place.
+        path: the file.
+        classes: the name of every label that the model is to have.
+
+    Returns:
+        What was taken over, and what became of the class layer; print it.
+
+    Raises:
+        ValueError: for another kind of file, or weights of another model.
+    """
+    name = os.fspath(path)
+    _check_classes(classes, model.config)
+    if _is_safetensors(path):
+        source, kind = load(path), "smca_model"
+    else:
+        state = _official_state(path)
+        if not any(".point2." in each for each in state):
+            if any(each in state for each in ("encoder.blocks.0.norm1.weight", "decoder.norm.weight")):
+                raise ValueError(
+                    f"{name} must be a file of weights, got the checkpoint of a run: go on with it by --resume, or "
+                    "start from the model.safetensors beside it"
+                )
+            return f"starts from DETR's {name}: {load_detr(model, path)}"
+        source, kind = load_official(path, beta=model.config.beta), "the authors"
+    theirs, ours = asdict(source.config), asdict(model.config)
+    differing = [field for field in ours if field not in _FREE_AT_START and theirs[field] != ours[field]]
+    if differing:
+        shown = "; ".join(f"{field} {theirs[field]} there, {ours[field]} here" for field in differing)
+        raise ValueError(f"{name} must be weights of the model that --preset and --overrides choose, got {shown}")
+    tensors = source.state_dict()
+    head = [each for each in tensors if each.startswith("class_embed.")]
+    unknown = [each for each in classes if each not in source.classes]
+    if unknown:
+        for each in head:
+            del tensors[each]
+        told = f"the class layer is made anew: {_shortened(unknown)} {'is' if len(unknown) == 1 else 'are'} not among "
+        told += (
+            f"the {len(source.classes)} classes there" if source.classes else "the classes there, which have no names"
+        )
+    else:
+        rows = [source.classes.index(each) for each in classes]
+        for each in head:
+            tensors[each] = tensors[each][rows]
+        told = f"the class layer has the rows of its {len(rows)} classes"
+    model.load_state_dict(tensors, strict=False)
+    return f"starts from weights of {kind} in {name}: {len(tensors)} tensors; {told}"
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(9)
+    except OSError as error:
+        raise ValueError(f"path must be a file of weights, got {os.fspath(path)}: {error.strerror}") from error
+    return len(begin) == 9 and begin[8:] == b"{"  # after its length, eight bytes, the header is JSON
 
 
 def _read_metadata(metadata: Mapping[str, str], path: str) -> tuple[Config, tuple[str, ...], tuple[int, int]]:

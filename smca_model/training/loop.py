@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from . import checkpoint, distributed
 from .distributed import log
 from .engine import Trainer, epoch_batches
 from .metrics import Metrics, read_metrics
-from .setup import arithmetic, build_model, count_steps, images_per_step, open_data
+from .setup import arithmetic, build_model, check_start, count_steps, images_per_step, open_data
 from .signals import Stopped, StopSignals
 
 if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
@@ -56,6 +56,8 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
         arithmetic(settings, device),
         contextlib.ExitStack() as stack,
     ):
+        if not resume:
+            check_start(settings)
         train_set, val_set = open_data(settings)
         steps_per_epoch = count_steps(settings, len(train_set))
         state = checkpoint.load(out / "checkpoint.pt") if resume else None
@@ -65,7 +67,13 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
         if state is not None:
             read_metrics(out)  # a damaged file ends the run here, not after its work
             _check_continues(state, settings, facts, out / "checkpoint.pt")
-        model = build_model(settings, len(train_set.classes), from_weights=state is None, device=device)
+        model = build_model(
+            settings,
+            len(train_set.classes),
+            from_weights=state is None,
+            device=device,
+            classes=train_set.classes,
+        )
         trainer = Trainer(model, settings, steps_per_epoch)
         stack.callback(trainer.close)
         if state is not None:
@@ -183,7 +191,9 @@ def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics 
 def _check_continues(state: dict[str, Any], settings: Settings, facts: dict[str, Any], path: Path) -> None:
     """Raise ValueError where the run that a checkpoint is of could not go on as it began, or is damaged."""
     checkpoint.check(state, path)
-    before, now = {**state["settings"], **state["facts"]}, {**asdict(settings), **facts}
+    # A setting that came after the run began has its default there.
+    before = {**{each.name: each.default for each in fields(settings)}, **state["settings"], **state["facts"]}
+    now = {**asdict(settings), **facts}
     missing = [name for name in now if name not in before]
     if missing:
         raise ValueError(f"{path} is a damaged checkpoint: it lacks {', '.join(missing)}")

@@ -31,7 +31,12 @@ class Settings:
     preset: str = option("smca-r50", "which model; `smca presets` lists them", metavar="NAME")
     overrides: tuple[str, ...] = option((), "changes to the preset, such as dropout=0.0", metavar="NAME=VALUE")
     pretrained_backbone: bool | None = option(None, "ImageNet weights; default: unless the backbone is tiny")
-    detr_weights: str = option("", "start from a facebookresearch DETR checkpoint", metavar="FILE")
+    weights: str = option(
+        "",
+        "start from these weights: ours, the authors' or DETR's; with other classes the class layer is made anew",
+        metavar="FILE",
+    )
+    detr_weights: str = option("", "start from what of a facebookresearch DETR checkpoint fits", metavar="FILE")
     sizes: tuple[int, ...] = option(
         SIZES,
         "short sides that images are resized to, in pixels; the largest for evaluation",
@@ -72,6 +77,10 @@ class Settings:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if self.weights and self.detr_weights:
+            raise ValueError(
+                f"weights and detr_weights can't both be a start, got {self.weights!r} and {self.detr_weights!r}"
+            )
         configure(self.preset, **self.model_overrides())
 
     def model_overrides(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +33,43 @@ def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
     return train_set, CocoDetection(*val_split, train=False, classes=train_set.classes, **sizes)
 
 
-def build_model(settings: Settings, num_classes: int, *, from_weights: bool, device: torch.device) -> SMCA:
-    """The preset's model on its device, the same in every process; `from_weights` fetches those it starts from."""
+def check_start(settings: Settings) -> None:
+    """Check that the files of weights that a run is to start from are there.
+
+    Raises:
+        ValueError: naming option and file.
+    """
+    for option, file in (("--weights", settings.weights), ("--detr-weights", settings.detr_weights)):
+        if file and not Path(file).is_file():
+            raise ValueError(f"{option} must be a file, got {file}")
+
+
+def build_model(
+    settings: Settings,
+    num_classes: int,
+    *,
+    from_weights: bool,
+    device: torch.device,
+    classes: Sequence[str] = (),
+) -> SMCA:
+    """The preset's model on its device, the same in every process; `from_weights` fetches those it starts from.
+
+    Args:
+        settings: of the run.
+        num_classes: logits of a query.
+        from_weights: whether to start from weights, the backbone's or a file's.
+        device: where to put it.
+        classes: the name of every label, for a start from `settings.weights`.
+    """
     from .. import weights
 
     torch.manual_seed(derived_seed(settings.seed, INITIAL_WEIGHTS))
     overrides = settings.model_overrides()
     model = build(settings.preset, num_classes, backend=settings.backend, **overrides)
     wanted = settings.pretrained_backbone
-    if from_weights and (model.config.backbone != "tiny" if wanted is None else wanted):
+    if wanted is None:  # a file of weights has the backbone's too
+        wanted = model.config.backbone != "tiny" and not (settings.weights or settings.detr_weights)
+    if from_weights and wanted:
         # Process 0 fetches the file, the others find it in the cache.
         for turn in (True, False):
             if turn == (distributed.rank() == 0):
@@ -51,6 +79,8 @@ def build_model(settings: Settings, num_classes: int, *, from_weights: bool, dev
                 )
             distributed.barrier()
     model.image_size = (max(settings.sizes), settings.max_size)
+    if from_weights and settings.weights:
+        distributed.log(weights.start(model, settings.weights, classes))
     if from_weights and settings.detr_weights:
         distributed.log(str(weights.load_detr(model, settings.detr_weights)))
     return model.to(device)

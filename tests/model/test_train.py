@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,13 @@ def test_a_damaged_checkpoint_is_refused_by_its_path(
     assert re.search(f"smca train: error: {re.escape(str(tmp_path))}/checkpoint.pt .*{message}", told)
 
 
+def test_a_run_that_began_before_a_setting_was_there_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
+    state = state_of(run)
+    del state["settings"]["weights"]
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    assert train(settings(data, tmp_path, ema=0.9), resume=True)[-1]["epoch"] == 2
+
+
 def test_damaged_metrics_are_refused_by_their_path_before_anything_runs(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +295,7 @@ def test_damaged_metrics_are_refused_by_their_path_before_anything_runs(
         ({"overrides": ("beta=1", "beta=2")}, "overrides must name a field once, got beta twice"),
         ({"overrides": ("colour=red",)}, "overrides must be among .*, got colour"),
         ({"overrides": ("dropout=half",)}, "dropout must be a float, got 'half'"),
+        ({"weights": "a.pt", "detr_weights": "b.pt"}, "weights and detr_weights can't both be a start"),
         ({"preset": "smca-r18", "overrides": ()}, "preset must be one of .*, got 'smca-r18'"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
     ],
@@ -427,6 +436,39 @@ def test_a_run_goes_to_its_end_where_the_output_has_no_multiplication_sign(
     assert ended.returncode == 0, ended.stderr
     assert b"trained parameters, on 1 ? " in ended.stdout
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_run_starts_from_weights_of_a_run_with_other_classes(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    for file in (other / "annotations").glob("*.json"):
+        file.write_text(file.read_text().replace('"seven"', '"VII"'))
+    command = ["train", "--data", str(other), "--preset", "smca-tiny", "--overrides", *TINY, "--sizes", "48"]
+    command += ["--max-size", "96", "--epochs", "1", "--workers", "0", "--lr", "0", "--lr-backbone", "0"]
+    source = run / "model.safetensors"
+    assert cli.main([*command, "--out", str(tmp_path / "run"), "--weights", str(source)]) == 0
+    out = capsys.readouterr().out
+    assert f"starts from weights of smca_model in {source}: " in out
+    assert "the class layer is made anew: VII is not among the 10 classes there" in out
+    before, after = weights.load(source), weights.load(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(before.query_embed.weight, after.query_embed.weight)
+    assert not torch.equal(before.class_embed.weight, after.class_embed.weight)
+    assert after.classes[7] == "VII"
+    source = tmp_path / "run" / "model.safetensors"
+    assert cli.main([*command, "--out", str(tmp_path / "again"), "--detr-weights", str(source)]) == 2
+    assert "--weights starts from" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("option", ["--weights", "--detr-weights"])
+def test_weights_that_are_not_there_are_refused_before_data_is_opened(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "missing.pth")
+    assert cli.main(["train", "--data", "missing", "--out", str(tmp_path / "run"), option, file]) == 2
+    assert f"smca train: error: {option} must be a file, got {file}" in capsys.readouterr().err
 
 
 def test_a_build_of_torch_without_process_groups_trains_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -437,6 +437,88 @@ def test_our_own_weights_as_a_start_from_detr_are_refused_with_the_option_for_th
         weights.load_detr(tiny_detector(), tmp_path / "model.safetensors")
 
 
+# --- a start from weights ---
+
+
+def test_a_start_from_our_weights_with_the_same_classes_takes_all(tmp_path):
+    source, model = tiny_detector(), tiny_detector()
+    weights.save(source, tmp_path / "model.safetensors", CLASSES)
+
+    told = weights.start(model, tmp_path / "model.safetensors", CLASSES)
+
+    assert all(torch.equal(one, other) for one, other in zip(source.parameters(), model.parameters(), strict=True))
+    assert told.endswith("the class layer has the rows of its 5 classes")
+
+
+def test_a_start_with_some_of_the_classes_takes_their_rows(tmp_path):
+    source, model = tiny_detector(), build("smca-tiny", 2, **TINY_SIZES)
+    weights.save(source, tmp_path / "model.safetensors", CLASSES)
+
+    weights.start(model, tmp_path / "model.safetensors", ["e", "b"])
+
+    assert torch.equal(model.class_embed.weight, source.class_embed.weight[[4, 1]])
+    assert torch.equal(model.class_embed.bias, source.class_embed.bias[[4, 1]])
+
+
+def test_a_start_with_other_classes_makes_the_class_layer_anew_and_tells(tmp_path):
+    source, model = tiny_detector(), build("smca-tiny", 3, **TINY_SIZES)
+    weights.save(source, tmp_path / "model.safetensors", CLASSES)
+    head = model.class_embed.weight.detach().clone()
+
+    told = weights.start(model, tmp_path / "model.safetensors", ["a", "cat", "dog"])
+
+    assert "the class layer is made anew: cat, dog are not among the 5 classes there" in told
+    assert torch.equal(model.class_embed.weight, head)
+    assert torch.equal(model.query_embed.weight, source.query_embed.weight)
+    assert torch.equal(model.backbone.body[0].weight, source.backbone.body[0].weight)
+
+
+def test_a_start_from_weights_of_another_model_is_refused_with_what_differs(tmp_path):
+    weights.save(tiny_detector(), tmp_path / "model.safetensors", CLASSES)
+
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors must be .*num_queries 7 there, 9 here; geometry official"
+    ):
+        weights.start(tiny_detector(num_queries=9, geometry="paper"), tmp_path / "model.safetensors", CLASSES)
+
+
+def test_a_start_from_the_authors_weights_takes_the_rows_of_coco_s_names(resnet_state, tmp_path):
+    state = authors_state(resnet_state, "type3", layers=1)
+    torch.save({"model": state}, tmp_path / "checkpoint.pth")
+    sizes = {"hidden_dim": DIM, "ffn_dim": FFN, "decoder_layers": 1, "encoder": "1intra", "num_queries": QUERIES}
+    model = build("smca-r50", 2, **sizes)
+
+    told = weights.start(model, tmp_path / "checkpoint.pth", ["toothbrush", "person"])
+
+    assert "weights of the authors in" in told
+    assert torch.equal(model.query_embed.weight, state["query_embed.weight"])
+    assert torch.equal(model.class_embed.weight, state["class_embed.weight"][[90, 1]])
+
+
+def test_a_start_from_detr_s_weights_tells_what_was_used(resnet_state, tmp_path):
+    torch.save({"model": detr_state(resnet_state)}, tmp_path / "detr.pth")
+    sizes = {"hidden_dim": DIM, "ffn_dim": FFN, "decoder_layers": 1, "encoder": "1intra", "num_queries": QUERIES}
+    model = build("smca-r50", 2, **sizes)
+
+    told = weights.start(model, tmp_path / "detr.pth", ["cat", "dog"])
+
+    assert "class_embed.weight: was trained for a softmax" in told
+    assert torch.equal(model.query_embed.weight, detr_state_of(tmp_path / "detr.pth")["query_embed.weight"])
+
+
+def detr_state_of(path):
+    return torch.load(path)["model"]
+
+
+def test_a_start_from_the_checkpoint_of_a_run_is_refused_with_what_to_do(tmp_path):
+    torch.save({"format": 1, "model": tiny_detector().state_dict()}, tmp_path / "checkpoint.pt")
+
+    with pytest.raises(ValueError, match=r"checkpoint\.pt must be a file of weights, .* --resume"):
+        weights.start(tiny_detector(), tmp_path / "checkpoint.pt", CLASSES)
+    with pytest.raises(ValueError, match=r"must be a file of weights, got .*missing\.pt"):
+        weights.start(tiny_detector(), tmp_path / "missing.pt", CLASSES)
+
+
 def test_a_checkpoint_that_shares_nothing_with_the_model_is_refused():
     with pytest.raises(ValueError, match=r"checkpoint must be one of DETR, got names such as head\.weight"):
         weights.load_detr(tiny_detector(), {"head.weight": torch.zeros(1)})
