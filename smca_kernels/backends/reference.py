@@ -46,6 +46,11 @@ def ignored_keys(
     return masks
 
 
+def zeroed(rows: Tensor, ignored: Tensor | None) -> Tensor:
+    """Keys or values [B, H, T, D] with 0 where they are ignored [B, T]: a weight of 0 times NaN would be NaN."""
+    return rows if ignored is None else rows.masked_fill(ignored[:, None, :, None], 0.0)
+
+
 def scale_probabilities(
     query: Tensor,  # [B, H, N, D]
     key: Tensor,  # [B, H, height · width, D]: the keys of one scale
@@ -57,12 +62,13 @@ def scale_probabilities(
     scale: float,
 ) -> Tensor:
     """P_s [B, H, N, height · width] of one scale (Eq. 6); all zero for an image with no valid key."""
-    logits = scale * (query @ key.transpose(-1, -2)) + log_prior(center, precision, height, width)
     if ignored is None:
+        logits = scale * (query @ key.transpose(-1, -2)) + log_prior(center, precision, height, width)
         return logits.softmax(-1)
-    ignored = ignored[:, None, None, :]
-    # A finite fill keeps the gradient of a row without any valid key at zero instead of NaN.
-    logits = logits.masked_fill(ignored, torch.finfo(logits.dtype).min)
+    key, ignored = zeroed(key, ignored), ignored[:, None, None, :]
+    logits = scale * (query @ key.transpose(-1, -2)) + log_prior(center, precision, height, width)
+    # Where no key is valid, nothing is -inf, for gradients of zero instead of NaN.
+    logits = logits.masked_fill(ignored & ~ignored.all(-1, keepdim=True), -torch.inf)
     return logits.softmax(-1).masked_fill(ignored, 0.0)
 
 
@@ -77,7 +83,7 @@ def attention(inputs: AttentionInputs) -> Tensor:
         probabilities = scale_probabilities(query, keys[s], center, precision, height, width, ignored[s], inputs.scale)
         if inputs.dropout_p > 0.0:
             probabilities = torch.dropout(probabilities, inputs.dropout_p, train=True)
-        output = probabilities.to(value.dtype) @ values[s]
+        output = probabilities.to(value.dtype) @ zeroed(values[s], ignored[s])
         out = out + (output if inputs.scale_weights is None else inputs.scale_weights[..., s : s + 1] * output)
     return out.to(query.dtype)
 

@@ -25,6 +25,7 @@ from smca_kernels.backends.sdpa.forward import (
     MAX_DENSE_SCORES,
     full_dtype,
     grid_cells,
+    keys_and_values,
     narrow,
     nearest_cells,
 )
@@ -73,13 +74,14 @@ class GradientAccumulator:
 
     def __init__(self, grad_out: Tensor, inputs: AttentionInputs) -> None:
         heads, dtype = inputs.query.shape[1], full_dtype(inputs.query)
+        self.ignored_keys = ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
+        key, value = keys_and_values(inputs, self.ignored_keys)
         q, self.k, self.v, self.grad = (
-            merge_heads(tensor, heads, dtype) for tensor in (inputs.query, inputs.key, inputs.value, grad_out)
+            merge_heads(tensor, heads, dtype) for tensor in (inputs.query, key, value, grad_out)
         )
         self.q = q * inputs.scale  # [B · H, N, D]
         weights = inputs.scale_weights
         self.weights = None if weights is None else merge_heads(weights, heads, dtype)  # [B · H, N, S]
-        self.ignored_keys = ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
         # per scale [B · H, 1, height · width]
         self.ignored = [
             None if mask is None else mask[:, None, None].expand(-1, heads, -1, -1).flatten(0, 1)

@@ -23,7 +23,11 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 # exact while they are large. In half precision these stand alone in the first 16 columns, so that no matrix instruction
 # aligns finer terms to them.
 IGNORED_COEFFICIENT = 2.0**15
-IGNORED_FEATURE = {torch.float64: -(2.0**80), torch.float32: -(2.0**80)} | dict.fromkeys(HALF_DTYPES, -(2.0**15))
+# The product is below every score that counts, as the rest of an ignored key is 0. It is not -inf, of which SDPA's
+# kernels make NaN where a whole block of keys is ignored. For float16 it is the largest that its columns hold.
+IGNORED_FEATURE = dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), -(2.0**80)) | {
+    torch.float16: -(2.0**15)
+}
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:

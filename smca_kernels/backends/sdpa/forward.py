@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from smca_kernels.backends.reference import cell_coordinates, ignored_keys
+from smca_kernels.backends.reference import cell_coordinates, ignored_keys, zeroed
 from smca_kernels.backends.sdpa.columns import (
     HALF_DTYPES,
     IGNORED_FEATURE,
@@ -84,11 +84,12 @@ def combine_scales(outputs: list[Tensor], scale_weights: Tensor | None) -> Tenso
 
 def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
     """O_s of each scale [B, H, N, D] with logG as SDPA's mask, for a few scores."""
-    query, key, value, shapes = inputs.query, inputs.key, inputs.value, inputs.spatial_shapes
+    query, shapes = inputs.query, inputs.spatial_shapes
+    ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
+    key, value = keys_and_values(inputs, ignored)
     dtype = full_dtype(query)
     if query.dtype != dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
     nearest, mirrored = nearest_cells(inputs.center, ignored, shapes, dtype)
     outputs, start = [], 0
     for s, cells in enumerate(grid_cells(shapes, dtype, query.device)):
@@ -103,6 +104,15 @@ def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
         outputs.append(output if mask is None else _zero_where(mask.all(1), output))
         start += keys
     return outputs
+
+
+def keys_and_values(inputs: AttentionInputs, ignored: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, T, D] with 0 in those that are ignored, so that nothing that stood there can matter."""
+    masks = [mask for mask in ignored if mask is not None]
+    if not masks:
+        return inputs.key, inputs.value
+    mask = masks[0] if len(masks) == 1 else torch.cat(masks, 1)
+    return zeroed(inputs.key, mask), zeroed(inputs.value, mask)
 
 
 def nearest_cells(
@@ -167,7 +177,8 @@ def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]
         lowest, highest = valid_ranges(masks, shapes, lowest.dtype)
     coefficients = query_coefficients(inputs.center, inputs.precision, table, lowest, highest, dtype)
     coefficients = coefficients.expand(-1, heads, -1, -1, -1)
-    q, k, v = query.to(dtype) * inputs.scale, inputs.key.to(dtype), inputs.value.to(dtype)
+    k, v = keys_and_values(inputs, ignored)
+    q, k, v = query.to(dtype) * inputs.scale, k.to(dtype), v.to(dtype)
     if head_dim % 8:  # fused kernels on a GPU want multiples of 8
         q, k, v = (pad(tensor, (0, -head_dim % 8)) for tensor in (q, k, v))
     q = torch.cat([coefficients, q.unsqueeze(3).expand(-1, -1, -1, len(shapes), -1)], -1)

@@ -121,13 +121,23 @@ def warp_any_5_bits(count):
 
 
 @triton.jit
-def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [ROWS] of a matrix whose last axis is contiguous → [ROWS, BLOCK_D], zero beyond HEAD_DIM."""
+def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, counts=None):
+    """Rows [ROWS] of a matrix whose last axis is contiguous → [ROWS, BLOCK_D], zero beyond HEAD_DIM.
+
+    A row that does not count is loaded as zeros: a weight of 0 times NaN would be NaN.
+    """
     d = tl.arange(0, BLOCK_D)
     at = base + rows[:, None].to(tl.int64) * stride + d[None, :]
     if HEAD_DIM == BLOCK_D:
-        return tl.load(at)
-    return tl.load(at, mask=d[None, :] < HEAD_DIM, other=0.0)
+        if counts is None:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=counts[:, None], other=0.0)
+    else:
+        mask = d[None, :] < HEAD_DIM
+        if counts is not None:
+            mask = mask & counts[:, None]
+        return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
