@@ -234,13 +234,11 @@ def query_major_kernel(
                 x = tile_x + column
                 y = tile_y + row
                 key_index = first_key + tl.minimum(y, valid_height - 1) * width + tl.minimum(x, valid_width - 1)
+                k = load_rows(key, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D)
+                v = load_rows(value, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D)
                 ignored = (x >= valid_width) | (y >= valid_height)
-                counts = None
                 if key_padding_mask is not None:
-                    counts = tl.load(key_padding_mask + b * keys + key_index) == 0
-                    ignored |= ~counts
-                k = load_rows(key, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D, counts)
-                v = load_rows(value, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D, counts)
+                    ignored |= tl.load(key_padding_mask + b * keys + key_index) != 0
                 e_x = c_x - from_middle(tile_x + TILE_W - 1, TILE_W)
                 e_y = c_y - from_middle(tile_y + TILE_H - 1, TILE_H)
                 coefficients = fixed
@@ -383,10 +381,10 @@ def key_major_kernel(
     in_grid = (x < width) & (y < height)
     key_index = first_key + tl.minimum(y, height - 1) * width + tl.minimum(x, width - 1)
     ignored = (x >= valid_width) | (y >= valid_height)
-    if key_padding_mask is not None:
-        ignored |= tl.load(key_padding_mask + b * keys + key_index) != 0
     k = load_rows(key + (b * k_b + h * k_h) * UNIT, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D, ~ignored)
     v = load_rows(value + (b * v_b + h * v_h) * UNIT, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D, ~ignored)
+    if key_padding_mask is not None:
+        ignored |= tl.load(key_padding_mask + b * keys + key_index) != 0
     if seed is not None:
         drop_seed = tl.load(seed)
 

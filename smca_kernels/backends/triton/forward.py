@@ -198,13 +198,11 @@ def forward_kernel(
                 x = tile_x + column
                 y = tile_y + row
                 key_index = first_key + tl.minimum(y, valid_height - 1) * width + tl.minimum(x, valid_width - 1)
+                k = load_rows(key, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D)
+                v = load_rows(value, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D)
                 ignored = (x >= valid_width) | (y >= valid_height)
-                counts = None
                 if key_padding_mask is not None:
-                    counts = tl.load(key_padding_mask + b * keys + key_index) == 0
-                    ignored |= ~counts
-                k = load_rows(key, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D, counts)
-                v = load_rows(value, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D, counts)
+                    ignored |= tl.load(key_padding_mask + b * keys + key_index) != 0
                 coefficients = fixed
                 if not DIRECT:
                     e_x = c_x - from_middle(tile_x + TILE_W - 1, TILE_W)
