@@ -242,7 +242,7 @@ def check_valid_shapes(
 ) -> Tensor:
     """Check the valid part of each grid and return it as an int64 tensor [B, S, 2] on the device.
 
-    The range is checked where that costs no synchronisation.
+    The range is checked where that costs no synchronisation, and the values are not those of a transform.
 
     Raises:
         TypeError, ValueError: for another type, dtype, device or shape, and for values outside of the grids.
@@ -267,7 +267,8 @@ def check_valid_shapes(
             raise TypeError(f"valid_shapes must be a nested list {wanted()} of ints, got {valid_shapes!r}")
     if tensor.shape != (batch, len(shapes), 2):
         raise ValueError(f"valid_shapes must be {wanted()}, got {shape_of(tensor)}")
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    looked_at = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if tensor.device.type == "cpu" and looked_at:
         for b, image in enumerate(tensor.tolist()):
             for s, (size, grid) in enumerate(zip(image, shapes, strict=True)):
                 if not (0 <= size[0] <= grid[0] and 0 <= size[1] <= grid[1]):

@@ -7,11 +7,13 @@ call. Compilers and tensor subclasses get the operators.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smca_kernels.backends.folding import folding_rule, in_transform, save_nothing, transformable
 from smca_kernels.backends.sdpa.backward import backward
 from smca_kernels.backends.sdpa.forward import combine_scales, forward, full_dtype, is_traced, widened_outputs
 from smca_kernels.inputs import DIFFERENTIABLE, SCHEMA, AttentionInputs
@@ -24,7 +26,12 @@ def attention(inputs: AttentionInputs) -> Tensor:
         # Only SDPA knows what it dropped, so its own backward has to follow, in float32 for the columns' sake.
         outputs = widened_outputs(inputs, full_dtype(query))
         return combine_scales(outputs, inputs.scale_weights).to(query.dtype)
-    out: Tensor = _forward_operator(*inputs.flat()) if is_traced(query) else _Attention.apply(inputs, *inputs.flat())
+    if is_traced(query):
+        out: Tensor = _forward_operator(*inputs.flat())
+    elif in_transform():
+        out = _transformable_forward(*inputs.flat())
+    else:
+        out = _Attention.apply(inputs, *inputs.flat())
     return out
 
 
@@ -71,7 +78,8 @@ def _saved_arguments(ctx: Any) -> tuple[Any, ...]:
 
 
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return _wanted(ctx.needs_input_grad, _backward_operator(grad_out, *_saved_arguments(ctx)))
+    call = _transformable_backward if in_transform() else _backward_operator
+    return _wanted(ctx.needs_input_grad, call(grad_out, *_saved_arguments(ctx)))
 
 
 def _wanted(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -85,12 +93,23 @@ def _refuse(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
+NO_FORWARD_MODE = (
+    "smca_attention: backend 'sdpa' has no forward-mode differentiation; use backend='reference' for jvp and jacfwd"
+)
+
 _forward_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
 _backward_operator.register_autograd(_refuse)
+_forward_rule, _backward_rule = partial(folding_rule, tensors=8), partial(folding_rule, tensors=9)
+_forward_operator.register_vmap(_forward_rule(_forward_operator))
+_backward_operator.register_vmap(_backward_rule(_backward_operator))
+_transformable_forward = transformable(
+    _forward_operator, _forward_rule, _save_for_backward, _differentiate, NO_FORWARD_MODE
+)
+_transformable_backward = transformable(_backward_operator, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
 class _Attention(torch.autograd.Function):
-    """The operator without its dispatch."""
+    """The operator without its dispatch; one that torch.func could transform would take as long to apply."""
 
     @staticmethod
     def forward(ctx: Any, inputs: AttentionInputs, *flat: Any) -> Tensor:  # flat: autograd looks for tensors there
@@ -100,7 +119,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         flat = _saved_arguments(ctx)
-        if torch.is_grad_enabled():  # a graph of this backward is wanted, which the operator's refuses to be
+        # A graph of this backward is wanted, which the operator's refuses to be, or it is one of many in a batch.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_out):
             gradients = _backward_operator(grad_out, *flat)
         else:
             gradients = backward(grad_out, AttentionInputs.of_flat(flat))

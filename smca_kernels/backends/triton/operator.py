@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smca_kernels.backends.folding import folding_rule, in_transform, one_by_one_rule, save_nothing, transformable
 from smca_kernels.backends.reference import zeroed
 from smca_kernels.backends.triton import hopper, launch
 from smca_kernels.backends.triton.tiles import INTERPRETED
@@ -81,7 +82,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _differentiate(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, seed, scale_outputs, lse, plan = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    gradients = _backward(
+    gradients = (_transformable_backward if in_transform() else _backward)(
         grad_out, *tensors, ctx.sides, ctx.dropout_p, ctx.scale, ctx.mass_tolerance, seed, scale_outputs, lse, plan,
         wanted[0] or wanted[3] or wanted[4], wanted[1] or wanted[2],
     )  # fmt: skip
@@ -100,8 +101,37 @@ def _refuse(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
+def _forward_rule(call: Any) -> Any:
+    """vmap's rule. Dropout knows an image by its place in the batch."""
+    folded, separate = folding_rule(call, tensors=8), one_by_one_rule(call)
+    return lambda info, dims, *arguments: (folded if arguments[12] is None else separate)(info, dims, *arguments)
+
+
+def _backward_rule(call: Any) -> Any:
+    """vmap's rule, in which the tensors of the forward come before what is no tensor."""
+
+    def reordered(*arguments: Any) -> Any:
+        return call(*arguments[:9], *arguments[12:17], *arguments[9:12], *arguments[17:])
+
+    def order(arguments: Any) -> Any:
+        return *arguments[:9], *arguments[14:17], *arguments[9:14], *arguments[17:]
+
+    folded, separate = folding_rule(reordered, tensors=12), one_by_one_rule(reordered)
+    return lambda info, dims, *arguments: (folded if arguments[13] is None else separate)(
+        info, order(dims), *order(arguments)
+    )
+
+
+NO_FORWARD_MODE = (
+    "smca_attention: backend 'triton' has no forward-mode differentiation; use backend='reference' for jvp and jacfwd"
+)
+
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 _backward.register_autograd(_refuse)
+_forward.register_vmap(_forward_rule(_forward))
+_backward.register_vmap(_backward_rule(_backward))
+_transformable_forward = transformable(_forward, _forward_rule, _save_for_backward, _differentiate, NO_FORWARD_MODE)
+_transformable_backward = transformable(_backward, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
 def attention(inputs: AttentionInputs) -> Tensor:
@@ -117,7 +147,7 @@ def attention(inputs: AttentionInputs) -> Tensor:
     # Whether a plan pays must not become a condition on the sizes of a compiled graph: there the operator looks.
     if not (torch.compiler.is_compiling() or launch.is_planned(inputs)):
         mass_tolerance = 0.0
-    out: Tensor = _forward(
+    out: Tensor = (_transformable_forward if in_transform() else _forward)(
         query, key, value, inputs.center.float(), inputs.precision.float(),
         None if weights is None else weights.float(), *rest, mass_tolerance, seed,
     )[0]  # fmt: skip

@@ -17,6 +17,7 @@ every sum is made by one program in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smca_kernels.backends.folding import folding_rule, in_transform, save_nothing, transformable
 from smca_kernels.backends.triton.launch import device_of, last_axis_contiguous, packed_grids
 from smca_kernels.backends.triton.operator import DTYPES
 from smca_kernels.backends.triton.tiles import INTERPRETED, grid_of_scale
@@ -289,7 +291,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, *upstream):
-    gradients = _backward(*ctx.saved_tensors, *ctx.configuration, *upstream)
+    call = _transformable_backward if in_transform() else _backward
+    gradients = call(*ctx.saved_tensors, *ctx.configuration, *upstream)
     wanted = ctx.needs_input_grad[:4]
     return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *(None,) * 7
 
@@ -300,8 +303,29 @@ def _refuse(ctx, *gradients):
     )
 
 
+def _backward_rule(call):
+    """vmap's rule, in which the upstream gradients come before what is no tensor."""
+
+    def reordered(*arguments):
+        return call(*arguments[:6], *arguments[10:], *arguments[6:10])
+
+    rule = folding_rule(reordered, tensors=10)
+    return lambda info, dims, *arguments: rule(
+        info, (*dims[:6], *dims[-4:], *dims[6:-4]), *arguments[:6], *arguments[-4:], *arguments[6:-4]
+    )
+
+
+NO_FORWARD_MODE = (
+    "SpatialPrior: backend 'triton' has no forward-mode differentiation; use backend='reference' for jvp and jacfwd"
+)
+
+_prior_rule = partial(folding_rule, tensors=6)
 _prior.register_autograd(_differentiate, setup_context=_save_for_backward)
 _backward.register_autograd(_refuse)
+_prior.register_vmap(_prior_rule(_prior))
+_backward.register_vmap(_backward_rule(_backward))
+_transformable_prior = transformable(_prior, _prior_rule, _save_for_backward, _differentiate, NO_FORWARD_MODE)
+_transformable_backward = transformable(_backward, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
 def prior(
@@ -316,7 +340,7 @@ def prior(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Center and precision [B, H, N, S, 2], scale weights [B, 1, N, S] and logits, all in fp32."""
     flat = [side for shape in spatial_shapes for side in shape]
-    center, precision, weights, wide = _prior(
+    center, precision, weights, wide = (_transformable_prior if in_transform() else _prior)(
         logits, offset, object_scale, selection, image_sizes, valid_shapes, flat, *configuration
     )
     return center, precision, None if selection is None else weights, logits if logits.dtype == torch.float32 else wide
