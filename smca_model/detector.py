@@ -156,21 +156,22 @@ class SMCA(nn.Module):
 
         Args:
             maps: {stride: [B, channels, height, width]} as the backbone returns.
-            image_sizes: (height, width) of each image in pixels, without padding.
+            image_sizes: (height, width) of each image in pixels, without padding; one alone is that of all images.
 
         Returns:
             As `forward`.
         """
+        batch = next(iter(maps.values())).shape[0]
         tokens, positions, ignored, spatial_shapes, valid_shapes = self._tokens(maps, image_sizes)
         memory = self.encoder(tokens, positions, ignored, [height * width for height, width in spatial_shapes])
         padded = any(mask is not None for mask in ignored)
         queries, reference_logits = self.decoder(
-            self.query_embed.weight.expand(len(image_sizes), -1, -1),
+            self.query_embed.weight.expand(batch, -1, -1),
             memory,
             positions,
             spatial_shapes,
             valid_shapes=valid_shapes if padded else None,
-            image_sizes=torch.tensor(image_sizes, device=memory.device),
+            image_sizes=torch.tensor(image_sizes, device=memory.device).expand(batch, -1),
             backend=self.backend,
         )
         logits = self.class_embed(queries).to(reference_logits.dtype)
@@ -185,6 +186,7 @@ class SMCA(nn.Module):
         for s, (stride, (features, padding)) in enumerate(zip(strides, projected, strict=True)):
             spatial_shape = (features.shape[2], features.shape[3])
             valid_shape = torch.tensor(valid_cells(image_sizes, stride), device=features.device)
+            valid_shape = valid_shape.expand(features.shape[0], -1)
             encoding = sine_position_encoding(spatial_shape, valid_shape, self.config.hidden_dim).to(features.dtype)
             if self.scale_embed is not None:
                 encoding = encoding + self.scale_embed.weight[s]
@@ -236,7 +238,8 @@ def pad_images(images: Sequence[Tensor]) -> Tensor:
 
 def valid_cells(image_sizes: Sequence[tuple[int, int]], stride: int) -> list[tuple[int, int]]:
     """(height, width) in cells of each image: a convolution with stride 2 and padding halves a size and rounds up."""
-    return [(-(-height // stride), -(-width // stride)) for height, width in image_sizes]
+    # So written, a tracer proves that the backbone's maps have the same sizes.
+    return [((height - 1) // stride + 1, (width - 1) // stride + 1) for height, width in image_sizes]
 
 
 def build_projections(channels: Mapping[int, int], strides: Sequence[int], dim: int) -> list[nn.Module]:
@@ -322,7 +325,7 @@ def _zeroed(features: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]
     valid = valid_cells(image_sizes, stride)
     if all(shape == (height, width) for shape in valid):
         return features, None
-    heights, widths = torch.tensor(valid, device=features.device).unbind(1)
+    heights, widths = torch.tensor(valid, device=features.device).expand(features.shape[0], -1).unbind(1)
     below = torch.arange(height, device=features.device) >= heights[:, None]
     beside = torch.arange(width, device=features.device) >= widths[:, None]
     padding = below[:, :, None] | beside[:, None, :]
