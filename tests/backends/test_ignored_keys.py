@@ -42,7 +42,7 @@ def with_garbage(inputs: CaseInputs) -> CaseInputs:
 
 
 def draw(case: Case, generator: torch.Generator, device: torch.device) -> CaseInputs:
-    """Inputs of a case whose first image leaves out two rows and three columns at the first scale, if it has an edge."""
+    """Inputs of a case; with valid_shapes, the first image leaves out two rows and three columns at the first scale."""
     inputs = make_inputs(case, generator, device)
     if case.mask != "valid_shapes":
         return inputs
