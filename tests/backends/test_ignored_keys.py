@@ -20,16 +20,6 @@ GARBAGE = (1e30, math.nan, -1e30, math.inf, -math.inf)
 MASKS = ("valid_shapes", "random", "empty_scale", "empty_scale_padding")
 
 
-def draw(case: Case, generator: torch.Generator, device: torch.device) -> CaseInputs:
-    """Inputs whose first image leaves at least half of each grid to padding, where it has valid_shapes."""
-    inputs = make_inputs(case, generator, device)
-    if inputs.valid_shapes is None:
-        return inputs
-    valid_shapes = inputs.valid_shapes.clone()
-    valid_shapes[0] = torch.minimum(valid_shapes[0], torch.tensor(case.spatial_shapes, device=device) // 2)
-    return dataclasses.replace(inputs, valid_shapes=valid_shapes)
-
-
 def results(inputs: CaseInputs, backend: str) -> dict[str, Tensor]:
     if backend == "triton":
         pytest.importorskip("triton")
@@ -49,6 +39,16 @@ def with_garbage(inputs: CaseInputs) -> CaseInputs:
         for name in ("key", "value")
     }
     return dataclasses.replace(inputs, **tensors)
+
+
+def draw(case: Case, generator: torch.Generator, device: torch.device) -> CaseInputs:
+    """Inputs of a case; with valid_shapes, the first image leaves out two rows and three columns at the first scale."""
+    inputs = make_inputs(case, generator, device)
+    if case.mask != "valid_shapes":
+        return inputs
+    valid_shapes = torch.tensor(case.spatial_shapes, device=device).repeat(case.batch, 1, 1)
+    valid_shapes[0, 0] -= torch.tensor([2, 3], device=device)
+    return dataclasses.replace(inputs, valid_shapes=valid_shapes)
 
 
 def assert_same(clean: dict[str, Tensor], dirty: dict[str, Tensor]) -> None:
@@ -71,7 +71,7 @@ def test_nor_does_it_in_half_precision(
     backend: str, dtype: str, generator: torch.Generator, device: torch.device
 ) -> None:
     case = Case("garbage", SHAPES, batch=2, queries=9, head_dim=20, dtype=dtype, mask="random")
-    inputs = draw(case, generator, device)
+    inputs = make_inputs(case, generator, device)
     assert_same(results(inputs, backend), results(with_garbage(inputs), backend))
 
 
@@ -83,13 +83,13 @@ def test_nor_does_it_by_widened_columns(
         monkeypatch.setattr(module, "MAX_DENSE_SCORES", 0)
     monkeypatch.setattr(forward, "sdpa_dtype", lambda query, shapes: query.dtype)
     case = Case("garbage", SHAPES, batch=2, queries=9, dtype=dtype, mask="empty_scale_padding")
-    inputs = draw(case, generator, device)
+    inputs = make_inputs(case, generator, device)
     assert_same(results(inputs, "sdpa"), results(with_garbage(inputs), "sdpa"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nor_does_it_under_dropout(backend: str, generator: torch.Generator, device: torch.device) -> None:
-    inputs = draw(Case("garbage", SHAPES, batch=2, queries=9, mask="random"), generator, device)
+    inputs = make_inputs(Case("garbage", SHAPES, batch=2, queries=9, mask="random"), generator, device)
     outcomes = []
     for each in (inputs, with_garbage(inputs)):
         torch.manual_seed(0)
@@ -99,13 +99,13 @@ def test_nor_does_it_under_dropout(backend: str, generator: torch.Generator, dev
 
 @pytest.mark.parametrize("mask", ["valid_shapes", "random"])
 def test_nor_does_it_where_keys_are_left_out(mask: str, generator: torch.Generator, device: torch.device) -> None:
-    case = Case("garbage", ((12, 33),), queries=33, mask=mask, prior="narrow", planned=True)
+    case = Case("garbage", ((12, 33),), batch=2, queries=33, mask=mask, prior="narrow", planned=True)
     inputs = draw(case, generator, device)
     assert_same(results(inputs, "triton"), results(with_garbage(inputs), "triton"))
 
 
 def test_maps_do_not_show_it(generator: torch.Generator, device: torch.device) -> None:
-    inputs = draw(Case("garbage", SHAPES, batch=2, mask="random"), generator, device)
+    inputs = make_inputs(Case("garbage", SHAPES, batch=2, mask="random"), generator, device)
     maps = [
         attention_map(each.query, each.key, each.center, each.precision, SHAPES, key_padding_mask=each.key_padding_mask)
         for each in (inputs, with_garbage(inputs))

@@ -49,10 +49,12 @@ def version_of(tool: Any) -> tuple[int, ...]:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether a device is a Hopper GPU."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether a device is a Hopper GPU; tensors without storage may be on one where there is none."""
+    is_there = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return is_there and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@torch.compiler.assume_constant_result  # a compiler can't trace Triton's settings
 def unsupported(device: torch.device) -> str | None:
     """Why what Triton compiles for a device can't be trusted, or None if it can."""
     if not is_hopper(device):

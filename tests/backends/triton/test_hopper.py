@@ -22,6 +22,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str, str
     """Pretends a card of a capability and the versions of Triton's two tools, of which Hopper gets the first."""
 
     def pretend(capability: tuple[int, int], first: str, second: str) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         tools = tuple(SimpleNamespace(path=f"/{version}", version=version) for version in (first, second))
         monkeypatch.setattr(hopper, "tools", lambda: tools)
@@ -84,3 +85,16 @@ def test_on_hopper_triton_must_know_the_fence(
 
 def test_the_installed_triton_has_a_version() -> None:
     assert hopper.triton_version() >= (3, 6)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_call_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smca_kernels.attention import smca_attention
+    from smca_kernels.testing.cases import Case, make_inputs
+
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper, "triton_version", lambda: (3, 9))
+    monkeypatch.setattr(hopper, "MIN_PTXAS", (12, 0))
+    arguments = make_inputs(Case("", ((3, 5),), queries=5), torch.Generator().manual_seed(0)).arguments()
+    compiled = torch.compile(smca_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**arguments, backend="triton"), smca_attention(**arguments, backend="triton"))
