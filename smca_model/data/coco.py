@@ -149,10 +149,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         label = {category: i for i, category in enumerate(self.category_ids)}
         objects = [annotation for annotation in data["annotations"] if not annotation["iscrowd"]]
         objects.sort(key=lambda annotation: rank[annotation["image_id"]])
-        boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
+        # In float64, in which the far corner of a box that begins far outside is still right.
+        boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float64).reshape(-1, 4)
         keep = (boxes[:, 2:] > 0).all(1)
         self.degenerate_boxes = int((~keep).sum())
-        self._boxes = box_convert(boxes, "xywh", "xyxy")[keep]
+        self._boxes = box_convert(boxes, "xywh", "xyxy")[keep].float()
         self._labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)[keep]
         ranks = torch.tensor([rank[a["image_id"]] for a in objects], dtype=torch.int64)[keep]
         self._starts = torch.searchsorted(ranks, torch.arange(len(entries) + 1))

@@ -97,6 +97,32 @@ def test_area_and_iscrowd_may_be_missing(tmp_path: Path) -> None:
     assert (found["area"], found["iscrowd"]) == (40, 0)
 
 
+def test_area_and_iscrowd_that_are_null_are_as_good_as_missing(tmp_path: Path) -> None:
+    entry = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 8, 5], "area": None, "iscrowd": None}
+    dataset = validation(write_coco(tmp_path, [entry, {**entry, "area": 12.5, "iscrowd": 1.0}]))
+    found = dataset.coco.dataset["annotations"]
+    assert [(each["area"], each["iscrowd"]) for each in found] == [(40, 0), (12.5, 1)]
+    assert dataset[0][1]["labels"].tolist() == [0]
+
+
+def test_numbers_that_no_integer_type_holds_are_pixels_like_others(tmp_path: Path) -> None:
+    boxes = [[-(10**30), 0, 2 * 10**30, 20], [-1e12, 0, 1e12 + 30, 40], [0, 0, 1e300, 40]]
+    paths = write_coco(tmp_path, [annotation(i, 1, 3, box) for i, box in enumerate(boxes, 1)])
+    with pytest.warns(UserWarning, match="3 of 3 boxes reach beyond their image"):
+        dataset = validation(paths)
+    expected = torch.tensor([[0.5, 0.25, 1.0, 0.5], [0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
+    torch.testing.assert_close(dataset[0][1]["boxes"], expected)
+    assert np.isfinite(np.array([each["bbox"] for each in dataset.coco.dataset["annotations"]], float)).all()
+
+
+def test_ids_may_take_all_of_64_bits(tmp_path: Path) -> None:
+    sizes = {2**63 - 1: (40, 60), -(2**63): (40, 60)}
+    boxes = [annotation(1, image, 3, [0, 0, 70, 40]) for image in sizes]
+    with pytest.warns(UserWarning, match=f"in the images with ids -{2**63}, {2**63 - 1}$"):
+        dataset = validation(write_coco(tmp_path, boxes, sizes=sizes))
+    assert dataset[1][1]["image_id"] == 2**63 - 1
+
+
 def test_boxes_without_width_or_height_are_left_out_and_counted(tmp_path: Path) -> None:
     boxes = [[0, 0, 0, 9], [5, 5, 9, 0], [3, 3, 9, 9]]
     dataset = validation(write_coco(tmp_path, [annotation(i, 1, 3, box) for i, box in enumerate(boxes, 1)]))
@@ -303,6 +329,55 @@ IMAGE = {"id": 1, "file_name": "1.png", "height": 40, "width": 60}
         ([annotation(5, 1, 3, [0, 0, 9, float("nan")])], {}, r"bbox must be .*, got \[0, 0, 9, nan\]"),
         ([annotation(5, 1, 3, [0, 0, 9, "9"])], {}, r"bbox must be .*, got \[0, 0, 9, '9'\]"),
         ([{"image_id": 1, "category_id": 3}], {}, r"annotations\[0\] must have bbox \(list\), got {"),
+        (
+            [GOOD],
+            {"images": [{**IMAGE, "id": 2**63}]},
+            r"json: images\[0\]: id must fit 64 bits, got 9223372036854775808",
+        ),
+        ([{**GOOD, "image_id": -(10**400)}], {}, r"annotations\[0\]: image_id must fit 64 bits, got -10000"),
+        ([GOOD], {"images": [{**IMAGE, "id": True}]}, r"images\[0\] must have id \(int\), got .*true"),
+        (
+            [GOOD],
+            {"images": [IMAGE, {**IMAGE, "id": 2, "height": 0}]},
+            r"json: images\[1\], id 2: height must be 1 to .* pixels, got 0",
+        ),
+        ([GOOD], {"images": [{**IMAGE, "width": -1}]}, r"images\[0\], id 1: width must be 1 to .* pixels, got -1"),
+        ([GOOD], {"images": [{**IMAGE, "width": 2**70}]}, r"images\[0\]: width must fit 64 bits"),
+        ([GOOD], {"images": [{**IMAGE, "width": 2**40}]}, r"images\[0\], id 1: width must be 1 to 2147483647 pixels"),
+        ([{**GOOD, "bbox": [0, 0, 9, 10**400]}], {}, r"annotation 1 of image 1: bbox must be .*, got \[0, 0, 9, 1000"),
+        ([{**GOOD, "bbox": [0, 0, 9, True]}], {}, r"annotation 1 of image 1: bbox must be .*, got \[0, 0, 9, True\]"),
+        *(
+            (
+                [{**GOOD, "iscrowd": value}],
+                {},
+                f"val.json: annotation 1 of image 1: iscrowd must be 0 or 1.*, got {told}",
+            )
+            for value, told in (
+                ("0", '"0"'),
+                ("", '""'),
+                ([], r"\[\]"),
+                ({}, "{}"),
+                (2, "2"),
+                (-1, "-1"),
+                (0.5, "0.5"),
+                (float("nan"), "NaN"),
+                (False, "false"),
+                (10**400, "1000"),
+            )
+        ),
+        *(
+            ([{**GOOD, "area": value}], {}, f"val.json: annotation 1 of image 1: area must be a number.*, got {told}")
+            for value, told in (
+                ("81", '"81"'),
+                ([81], r"\[81\]"),
+                ({}, "{}"),
+                (True, "true"),
+                (float("inf"), "Infinity"),
+                (float("nan"), "NaN"),
+                (-1, "-1"),
+                (10**400, "1000"),
+            )
+        ),
         ([GOOD], {"images": [IMAGE, {**IMAGE, "id": "2"}]}, r"images\[1\] must have id \(int\), got"),
         ([GOOD], {"images": [IMAGE, IMAGE]}, "each id in images must be there once, repeated: 1"),
         ([GOOD], {"categories": [*CATEGORIES, {"id": 9, "name": "cat"}]}, "each name in categories .* repeated: cat"),
@@ -330,6 +405,9 @@ def test_annotations_that_are_not_there_or_no_json_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"annotations must be a file that can be read, got .*no\.json: No such file"):
         validation((images, tmp_path / "no.json"))
     file.write_text(file.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"annotations must be JSON, got .*val\.json: "):
+        validation((images, file))
+    file.write_text('{"images": ' + "[" * 200_000)
     with pytest.raises(ValueError, match=r"annotations must be JSON, got .*val\.json: "):
         validation((images, file))
     file.write_bytes(b"\xff\xfe\x00")
