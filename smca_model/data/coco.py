@@ -104,8 +104,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         degenerate_boxes: boxes in the file that have no width or height, and were left out.
 
     Raises:
-        ValueError: for data that can't be used: a missing file, an empty split, a box outside its image, a category
-            or image that isn't listed, …
+        ValueError: for data that can't be used: a missing file, an empty split, a box outside its image, boxes all
+            smaller than a pixel, a category or image that isn't listed, …
         DataError: when an item is loaded, for an image that is broken or of another size; it is a ValueError.
     """
 
@@ -159,6 +159,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._starts = torch.searchsorted(ranks, torch.arange(len(entries) + 1))
         if not len(self._boxes):
             raise ValueError(f"annotations must have at least one box that is no crowd, {self.annotations} has none")
+        self._check_units(int((boxes[keep, 2:] < 1).any(1).sum()))
         self._warn_of_clipped()
 
     def _check_files(self) -> None:
@@ -172,6 +173,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 f"images must hold every file of {self.annotations}, but {len(missing)} of {len(self.files)} are not "
                 f"in {self.images}: {some_of(missing)}"
             )
+
+    def _check_units(self, small: int) -> None:
+        """Refuse boxes that all have a side of less than a pixel, and warn if that many have."""
+        if not small:
+            return
+        told = f"{self.annotations}: {small} of {len(self._boxes)} boxes have a side of less than a pixel"
+        if small == len(self._boxes):
+            raise ValueError(f"{told}; bbox must be [x, y, width, height] in pixels, not in parts of the image")
+        warnings.warn(f"{told}; if they are in parts of the image, they must be in pixels", stacklevel=3)
 
     def _warn_of_clipped(self) -> None:
         counts = self._starts.diff()

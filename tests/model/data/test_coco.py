@@ -138,6 +138,25 @@ def test_boxes_that_reach_beyond_the_image_are_clipped_with_a_warning(tmp_path: 
     assert dataset[0][1]["boxes"].tolist() == [[0.75, 0.25, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]
 
 
+def test_boxes_given_as_parts_of_the_image_are_refused(tmp_path: Path) -> None:
+    boxes = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.25, 0.5], [0, 0, 1, 0.9], [0.5, 0.5, 0, 0.1]]
+    crowd = {**annotation(9, 1, 3, [0, 0, 30, 30]), "iscrowd": 1}
+    paths = write_coco(tmp_path, [crowd, *(annotation(i, 1, 3, box) for i, box in enumerate(boxes))])
+    told = r"val\.json: 3 of 3 boxes have a side of less than a pixel; bbox must be .* in pixels, not in parts of the"
+    with pytest.raises(ValueError, match=told):
+        validation(paths)
+
+
+def test_boxes_of_less_than_a_pixel_among_others_are_told_when_the_file_is_opened(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    boxes = [[0.1, 0.2, 0.3, 0.4], [5, 5, 20, 0.5], [0, 0, 1, 1], [33.3, 9.7, 1, 1]]
+    paths = write_coco(tmp_path, [annotation(i, 1, 3, box) for i, box in enumerate(boxes)])
+    validation(paths)
+    (told,) = [str(each.message) for each in recwarn]
+    assert f"{paths[1]}: 2 of 4 boxes have a side of less than a pixel" in told
+
+
 def test_collate_gives_lists(tmp_path: Path) -> None:
     sizes = {1: (40, 60), 2: (50, 40)}
     dataset = validation(write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, 9, 9])], sizes=sizes))
