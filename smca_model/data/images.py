@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
@@ -13,6 +16,10 @@ from torchvision.transforms.v2 import functional as transforms
 from smca_kernels.pictures import MEAN, STD
 
 from ..config import MAX_SIZE
+
+# Tags of TIFF files, and a value.
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
+WHITE_IS_ZERO = 0
 
 
 class DataError(ValueError):
@@ -29,15 +36,58 @@ class DataError(ValueError):
 def load_image(path: Path) -> Tensor:
     """An image file as uint8 [3, H, W], RGB.
 
+    Whole numbers of 16 bits are scaled to 8, floats of 0…1 to 0…255.
+
     Raises:
-        DataError: when it can't be read, naming the file.
+        DataError: when it can't be read, or has values of an unknown range, naming the file.
     """
     try:
         with Image.open(path) as image:
-            return tv_tensors.Image(transforms.pil_to_tensor(image.convert("RGB")))
-    # Broken PNGs raise SyntaxError.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {path} can't be read: {error}") from None
+            return tv_tensors.Image(transforms.pil_to_tensor(_to_rgb(image)))
+    # Whatever a decoder raises: SyntaxError for broken PNGs, RuntimeError for AVIFs, others for other formats.
+    except Exception as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"image {path} can't be read: {told}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in RGB; modes of more than 8 bits, which Pillow would cut off at 255, scaled by their range."""
+    image.load()
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))  # 12 in some TIFFs
+        values, white = np.asarray(image).astype(np.float32), np.float32(2 ** bits[0] - 1)
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow heeds for 8 bits only
+            values = white - values
+        return _gray(values / white)
+    if image.mode == "I":
+        # PNG's and PPM's have 16 bits; elsewhere whole numbers of 32 bits are measurements rather than shades.
+        if image.format not in ("PNG", "PPM"):
+            low, high = image.getextrema()
+            raise ValueError(
+                f"whole numbers of 32 bits, or signed ones, have no range that is known to be black to white; these are "
+                f"{low} to {high}"
+            )
+        return _gray(np.asarray(image).astype(np.float32) / 65535)
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not ((values >= 0) & (values <= 1)).all():  # not true for NaN either
+            raise ValueError(f"floats must be 0 (black) to 1 (white), got {values.min():g} to {values.max():g}")
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            values = 1 - values
+        return _gray(values)
+    if image.mode in ("RGBa", "La"):  # colours multiplied by the opacity
+        image = image.convert(image.mode[:-1] + "A")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # it is not done in place
+        return converted
+    return image.convert("RGB")
+
+
+def _gray(values: NDArray[np.floating[Any]]) -> Image.Image:
+    """An RGB image of shades from 0 to 1."""
+    return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
 
 
 def resize(image: Tensor, short: int, max_size: int | None = MAX_SIZE) -> Tensor:
