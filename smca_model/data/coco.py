@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..config import MAX_SIZE, NO_CLASS, SIZES
 from .annotations import make_coco, read_annotations, some_of
-from .images import DataError, format_size, load_image, normalize, resize
+from .images import load_annotated_image, normalize, resize
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -79,7 +79,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         labels [n] int64         index into `classes`
         image_id int
         size (int, int)          height and width of the image as given
-        orig_size (int, int)     height and width in the file
+        orig_size (int, int)     height and width in the annotation file
         dropped_boxes int        boxes left out because augmentation left less than a pixel of them
 
     Crowds are no targets. For training, DETR's augmentation: a flip; then, each half of the time, a resize to a
@@ -96,6 +96,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         max_size: most pixels of the longest side.
         flip, crop: False leaves that out of the augmentation: digits, for one, have no mirror images.
         seed: of the augmentation.
+        upright: whether boxes are those of the upright image where the annotated size doesn't tell that from the image
+            as stored; elsewhere it does (`load_annotated_image`).
 
     Attributes:
         classes: tuple of names, one a label.
@@ -121,12 +123,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         flip: bool = True,
         crop: bool = True,
         seed: int = 0,
+        upright: bool = False,
     ) -> None:
         if not sizes or min(sizes) < 1 or max_size <= max(sizes):
             raise ValueError(f"sizes must be at least one, from 1 to below max_size={max_size}, got {list(sizes)}")
         self.images, self.annotations = Path(images), Path(annotations)
         self.train, self.sizes, self.max_size = train, tuple(sizes), max_size
-        self.flip, self.crop, self.seed = flip, crop, seed
+        self.flip, self.crop, self.seed, self.upright = flip, crop, seed, upright
         # In shared memory, so that the workers of a DataLoader see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -205,10 +208,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         path, orig_size = self.images / self.files[index], self.orig_sizes[index]
-        image = load_image(path)
-        if tuple(image.shape[1:]) != orig_size:
-            wanted, got = format_size(*orig_size), format_size(*image.shape[1:])
-            raise DataError(f"image {path} must be of the size in {self.annotations}, {wanted}, got {got}")
+        image = load_annotated_image(path, orig_size, annotations=self.annotations, upright=self.upright)
         here = slice(int(self._starts[index]), int(self._starts[index + 1]))
         boxes = tv_tensors.BoundingBoxes(self._boxes[here].clone(), format="XYXY", canvas_size=orig_size)
         if self.train:

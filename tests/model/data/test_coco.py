@@ -192,6 +192,29 @@ def test_the_short_side_is_resized_unless_the_longest_would_exceed_its_limit(
     torch.testing.assert_close(target["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5]]))
 
 
+@pytest.mark.parametrize("upright", [False, True])
+def test_photographs_are_turned_as_their_boxes_are(tmp_path: Path, upright: bool) -> None:
+    # White where the box is: the first is annotated upright, the second as stored, and the third may be either.
+    sizes = {1: (60, 40), 2: (40, 60), 3: (50, 50)}
+    stored = {1: [0, 10, 20, 30], 2: [0, 10, 20, 30], 3: [0, 15, 20, 30]}
+    turned = [0, 0, 30, 20]  # by 90°, clockwise
+    boxes = {1: turned, 2: stored[2], 3: [5, 0, 30, 20] if upright else stored[3]}
+    paths = write_coco(tmp_path, [annotation(i, i, 3, box) for i, box in boxes.items()], sizes=sizes)
+    exif = Image.Exif()
+    exif[274] = 6
+    for i, (x, y, width, height) in stored.items():
+        pixels = np.zeros((50, 50, 3) if i == 3 else (40, 60, 3), np.uint8)
+        pixels[y : y + height, x : x + width] = 255
+        Image.fromarray(pixels).save(paths[0] / f"{i}.png", exif=exif)
+    dataset = validation(paths, upright=upright)
+    for image, target in map(dataset.__getitem__, range(3)):
+        height, width = target["size"]
+        x, y, w, h = (target["boxes"][0] * torch.tensor([width, height, width, height])).tolist()
+        white = (image[0] > 0).nonzero()
+        extent = [white[:, 1].min(), white[:, 0].min(), white[:, 1].max() + 1, white[:, 0].max() + 1]
+        assert [v.item() for v in extent] == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=1)
+
+
 # --------------------------------------------------------------------------------------------------------- augmentation
 
 

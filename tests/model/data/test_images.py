@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 pytest.importorskip("torchvision")
 
-from smca_model.data.images import DataError, load_image
+from smca_model.data.images import DataError, load_annotated_image, load_image
 
 SHADES = np.array([[0, 51, 102], [153, 204, 255]])
 
@@ -106,6 +106,89 @@ def test_values_of_an_unknown_range_are_refused_with_the_files_name(
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^image .*image\.tif can't be read: .*{message}"):
         load_image(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- orientation
+
+STORED = np.arange(1, 7, dtype=np.uint8).reshape(2, 3) * 40
+# What EXIF says of an image as stored: where its first row and its first column are in the upright one.
+UPRIGHT = {
+    1: STORED,  # top, left
+    2: STORED[:, ::-1],  # top, right
+    3: STORED[::-1, ::-1],  # bottom, right
+    4: STORED[::-1],  # bottom, left
+    5: STORED.T,  # left, top
+    6: STORED.T[:, ::-1],  # right, top
+    7: STORED.T[::-1, ::-1],  # right, bottom
+    8: STORED.T[::-1],  # left, bottom
+}
+
+
+def write_oriented(path: Path, orientation: object, pixels: NDArray[np.uint8] = STORED) -> Path:
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).convert("RGB").save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_photographs_are_read_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    image = load_image(write_oriented(tmp_path / f"image.{suffix}", orientation))
+    assert image[0].tolist() == UPRIGHT[orientation].tolist()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_photographs_of_lossy_formats_are_read_upright(tmp_path: Path, suffix: str) -> None:
+    pixels = np.zeros((16, 48), np.uint8)
+    pixels[:, :16] = 255
+    image = load_image(write_oriented(tmp_path / f"image.{suffix}", 6, pixels))
+    assert image.shape == (3, 48, 16)
+    assert image[:, :12].min() > 200
+    assert image[:, 20:].max() < 50
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM", b"\0", 0, 9, 300])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_and_orientations_that_are_none_turn_nothing(tmp_path: Path, exif: bytes | int) -> None:
+    path = tmp_path / "image.png"
+    if isinstance(exif, int):
+        write_oriented(path, exif)
+    else:
+        Image.fromarray(STORED).save(path, exif=exif)
+    assert load_image(path)[0].tolist() == STORED.tolist()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_the_annotated_size_says_which_form_boxes_are_in(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path, where = write_oriented(tmp_path / f"image.{suffix}", orientation), tmp_path / "val.json"
+    upright = UPRIGHT[orientation]
+    for either in (False, True):
+        image = load_annotated_image(path, (2, 3), annotations=where, upright=either)
+        # Where both forms have the size, that as stored unless told otherwise.
+        expected = upright if either and upright.shape == (2, 3) else STORED
+        assert image[0].tolist() == expected.tolist()
+        if orientation > 4:
+            image = load_annotated_image(path, (3, 2), annotations=where, upright=either)
+            assert image[0].tolist() == upright.tolist()
+
+
+def test_squares_are_taken_as_stored_unless_told_otherwise(tmp_path: Path) -> None:
+    path, where = write_oriented(tmp_path / "image.png", 6, STORED[:, :2]), tmp_path / "val.json"
+    assert load_annotated_image(path, (2, 2), annotations=where)[0].tolist() == STORED[:, :2].tolist()
+    upright = load_annotated_image(path, (2, 2), annotations=where, upright=True)
+    assert upright[0].tolist() == STORED[:, :2].T[:, ::-1].tolist()
+
+
+def test_a_size_of_neither_form_is_refused_with_a_word_about_exif(tmp_path: Path) -> None:
+    path = write_oriented(tmp_path / "image.png", 6)
+    with pytest.raises(
+        DataError,
+        match=r"^image .*image\.png must be of the size in val\.json, 2 × 5 pixels, got 3 × 2 pixels, "
+        "or 2 × 3 pixels turned as its EXIF orientation 6 says$",
+    ):
+        load_annotated_image(path, (5, 2), annotations=Path("val.json"))
 
 
 # -------------------------------------------------------------------------------------------------------- broken images
