@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHORT_SIDE_OF_PICTURES = 640  # smaller images are enlarged, for the names to be legible
+LONG_SIDE_OF_PICTURES = 4096  # and no further than to this
 
 
 def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
@@ -70,7 +71,8 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
     from torchvision.transforms.v2 import functional as transforms
     from torchvision.utils import draw_bounding_boxes
 
-    factor = max(1, round(SHORT_SIDE_OF_PICTURES / min(image.shape[1:])))
+    factor = round(SHORT_SIDE_OF_PICTURES / min(image.shape[1:]))
+    factor = max(1, min(factor, LONG_SIDE_OF_PICTURES // max(image.shape[1:])))
     height, width = (factor * side for side in image.shape[1:])
     image = transforms.resize(image, [height, width])
     if not len(found["boxes"]):

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..config import MAX_SIZE, NO_CLASS, SIZES
 from .annotations import make_coco, read_annotations, some_of
-from .images import load_annotated_image, normalize, resize
+from .images import load_annotated_image, normalize, resize, resized_size
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -240,16 +240,29 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if self.crop and draw(0, 1):
             largest = max(self.sizes)
             short = max(1, round(CROP_FROM[draw(0, len(CROP_FROM) - 1)] * largest))
-            image, boxes = self._resize(image, boxes, short, limited=False)
+            image, boxes = self._resize_to_crop(image, boxes, short)
             low, high = (max(1, round(part * largest)) for part in CROP_SIDE)
             height, width = (draw(min(low, side), min(high, side)) for side in image.shape[1:])
             top, left = draw(0, image.shape[1] - height), draw(0, image.shape[2] - width)
             image, boxes = (transforms.crop(each, top, left, height, width) for each in (image, boxes))
         return self._resize(image, boxes, self.sizes[draw(0, len(self.sizes) - 1)])
 
-    def _resize(self, image: Tensor, boxes: Tensor, short: int, limited: bool = True) -> tuple[Tensor, Tensor]:
-        max_size = self.max_size if limited else None
-        return resize(image, short, max_size), transforms.resize(boxes, [short], max_size=max_size)
+    def _resize(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
+        size = list(resized_size(*image.shape[1:], short, self.max_size))
+        return resize(image, short, self.max_size), transforms.resize(boxes, size)
+
+    def _resize_to_crop(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
+        """Resize without a limit, so that crops of panoramas are as high as others, but enlarge only up to max_size.
+
+        DETR has no limit at all here: an image of 3 × 2600 pixels would become one of 600 × 520 000.
+        """
+        least, most = sorted(image.shape[1:])
+        enlarged = short > least and int(short * most / least) > self.max_size
+        if enlarged and most >= self.max_size:
+            return image, boxes
+        limit = self.max_size if enlarged else max(most, self.max_size)
+        size = list(resized_size(*image.shape[1:], short, limit))
+        return resize(image, short, limit), transforms.resize(boxes, size)
 
     @functools.cached_property
     def coco(self) -> COCO:

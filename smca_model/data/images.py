@@ -152,9 +152,19 @@ def _gray(values: NDArray[np.floating[Any]]) -> Image.Image:
     return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
 
 
-def resize(image: Tensor, short: int, max_size: int | None = MAX_SIZE) -> Tensor:
+def resized_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
+    """The height and width of an image after `resize`: DETR's rounding down, but no side below 1."""
+    least, most = min(height, width), max(height, width)
+    new_least, new_most = short, int(short * most / least)
+    if new_most > max_size:
+        new_least, new_most = max(1, int(max_size * short / new_most)), max_size
+    return (new_least, new_most) if height <= width else (new_most, new_least)
+
+
+def resize(image: Tensor, short: int, max_size: int = MAX_SIZE) -> Tensor:
     """An image [3, H, W] with the shorter side of that many pixels, or fewer where the longer would exceed max_size."""
-    return transforms.resize(image, [short], max_size=max_size, antialias=True)
+    size = resized_size(*image.shape[1:], short, max_size)
+    return transforms.resize(image, list(size), antialias=True)
 
 
 def normalize(image: Tensor) -> Tensor:

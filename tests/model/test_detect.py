@@ -122,6 +122,29 @@ def test_boxes_are_drawn_where_they_are() -> None:
     assert not detect.draw_boxes(image, nothing, CLASSES).any()
 
 
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [((1, 1000), (4, 4000)), ((5000, 2), (5000, 2)), ((3, 1), (1920, 640)), ((9, 700), (45, 3500))],
+)
+def test_pictures_of_long_thin_images_are_enlarged_up_to_a_long_side(
+    sides: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    image = torch.zeros(3, *sides, dtype=torch.uint8)
+    box = torch.tensor([[0.0, 0.0, float(sides[1]), float(sides[0])]])
+    found = {"boxes": box, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+    drawn = detect.draw_boxes(image, found, CLASSES)
+    assert drawn.shape == (3, *expected)
+    assert drawn.any()
+
+
+@pytest.mark.parametrize("sides", [(1, 900), (900, 1), (1, 1)])
+def test_objects_are_found_in_images_one_pixel_wide(sides: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *sides), dtype=torch.uint8)
+    (found,) = detect.detect(small_detector(), [image], threshold=0.0)
+    assert len(found["boxes"]) == 18
+    assert torch.isfinite(found["boxes"]).all()
+
+
 def test_the_command_writes_boxes_pictures_and_the_speed(
     weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -182,6 +182,15 @@ def test_images_of_any_mode_are_read_as_rgb(tmp_path: Path, mode: str) -> None:
     assert torch.equal(load_image(path), torch.full((3, 4, 5), 255, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (3, 5000)])
+def test_no_side_is_resized_to_nothing(tmp_path: Path, size: tuple[int, int]) -> None:
+    height, width = size
+    paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, width, height])], sizes={1: size})
+    image, target = validation(paths, sizes=(800,), max_size=1333)[0]
+    assert sorted(image.shape[1:]) == [1, 1333]
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
+
+
 @pytest.mark.parametrize(("max_size", "expected"), [(1333, (20, 30)), (24, (16, 24))])
 def test_the_short_side_is_resized_unless_the_longest_would_exceed_its_limit(
     tmp_path: Path, max_size: int, expected: tuple[int, int]
@@ -300,6 +309,25 @@ def test_a_panorama_is_cropped_at_full_height(tmp_path: Path) -> None:
     assert (12, 120) in shapes
     assert len(shapes) > 5
     assert all(min(shape) >= 38 / 60 * max(shape) - 1 for shape in shapes - {(12, 120)})
+
+
+@pytest.mark.parametrize("size", [(3, 2600), (2600, 3), (1, 5000), (2, 1000), (60, 900)])
+def test_long_thin_images_are_enlarged_no_further_than_their_final_long_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    height, width = size
+    paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, width, height])], sizes={1: size}, split="train")
+    dataset = CocoDetection(*paths, train=True)
+    made: list[torch.Size] = []
+    real = coco.resize
+    monkeypatch.setattr(coco, "resize", lambda *call: made.append((result := real(*call)).shape[1:]) or result)
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        image, target = dataset[0]
+        assert 1 <= min(image.shape[1:]) <= max(image.shape[1:]) <= 1333
+        assert len(target["boxes"]) == 1
+    assert len(made) >= 12
+    assert max(max(shape) for shape in made) <= max(1333, *size)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 pytest.importorskip("torchvision")
 
-from smca_model.data.images import DataError, load_annotated_image, load_image
+from smca_model.data.images import DataError, load_annotated_image, load_image, resize, resized_size
 
 SHADES = np.array([[0, 51, 102], [153, 204, 255]])
 
@@ -189,6 +189,19 @@ def test_a_size_of_neither_form_is_refused_with_a_word_about_exif(tmp_path: Path
         "or 2 × 3 pixels turned as its EXIF orientation 6 says$",
     ):
         load_annotated_image(path, (5, 2), annotations=Path("val.json"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- size
+
+
+@pytest.mark.parametrize("size", [(480, 640), (427, 640), (640, 361), (333, 500), (500, 500), (7, 900), (81, 1337)])
+@pytest.mark.parametrize("short", [480, 800, 3])
+def test_sizes_are_those_of_torchvision_where_it_has_one(size: tuple[int, int], short: int) -> None:
+    from torchvision.transforms.v2 import functional as transforms
+
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    expected = transforms.resize(image, [short], max_size=1333).shape[1:]
+    assert resize(image, short, 1333).shape[1:] == resized_size(*size, short, 1333) == expected
 
 
 # -------------------------------------------------------------------------------------------------------- broken images
