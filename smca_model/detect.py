@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,10 +230,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca detect`: exit status 0.
+    """`smca detect`: exit status 0, or 1 with a list of what it left out: images that can't be read, too long names.
 
     Raises:
-        ValueError: when it can't start.
+        ValueError: when it can't start, and when no image can be read.
+        OSError: with the file's name, when nothing more can be written.
     """
     check_packages(("matplotlib", "safetensors", "torchvision", "tqdm"), "model,demo")
     files = _files(args.images)
@@ -250,30 +254,58 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
     report: list[dict[str, Any]] = []
     counted: list[tuple[int, float]] = []
+    left_out: list[str] = []
     for batch in tqdm(list(_batches(files, args.batch_size)), desc="detection", unit="batch"):
-        images = [load_image(file) for file in batch]
+        images: dict[Path, Tensor] = {}
+        for file in batch:
+            with _noting(left_out):
+                images[file] = load_image(file)
+        if not images:
+            continue
         began = time.perf_counter()
-        results = detect(model, images, threshold=args.threshold)
-        counted.append((len(batch), time.perf_counter() - began))
-        for file, image, found in zip(batch, images, results, strict=True):
+        results = detect(model, list(images.values()), threshold=args.threshold)
+        counted.append((len(images), time.perf_counter() - began))
+        for (file, image), found in zip(images.items(), results, strict=True):
             height, width = image.shape[1:]
             records = as_records(found, model.classes)
             report.append({"image": str(file), "width": width, "height": height, "detections": records})
-            write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
+            with _noting(left_out):
+                write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
             if args.attention:
                 (resized,) = _inputs(model, [image])
                 chosen = args.queries or best_queries(model, resized, 3)
                 path = args.out / f"{file.stem}_attention.png"
-                draw_attention(model, resized, path, queries=chosen, layer=args.layer)
+                with _noting(left_out):
+                    draw_attention(model, resized, path, queries=chosen, layer=args.layer)
+    if not report:
+        raise ValueError("\n".join(left_out))
     write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
     counted = counted[1:] or counted  # the first batch warms up
     speed = sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
     objects = sum(len(each["detections"]) for each in report)
     print(
-        f"{objects} objects of score {args.threshold:g} or more in {len(files)} images, in {args.out}; "
+        f"{objects} objects of score {args.threshold:g} or more in {len(report)} images, in {args.out}; "
         f"{speed:.1f} images per second on {device}, reading and drawing aside"
     )
+    if left_out:
+        print("\n".join([f"smca detect: {len(left_out)} left out:", *left_out]), file=sys.stderr)
+        return 1
     return 0
+
+
+@contextmanager
+def _noting(left_out: list[str]) -> Iterator[None]:
+    """Note an image that can't be read, and a picture of it whose name its folder doesn't take, and go on."""
+    from .data.images import DataError
+
+    try:
+        yield
+    except DataError as error:
+        left_out.append(str(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        left_out.append(f"picture {error.filename} can't be written: {error.strerror}")
 
 
 def as_records(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -290,7 +322,12 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            # Hidden files are no images: a Mac leaves ._NAME.jpg beside NAME.jpg.
+            inside = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+            )
             if not inside:
                 raise ValueError(f"a folder must have images in it ({', '.join(sorted(SUFFIXES))}), {path} has none")
             files += inside

@@ -168,6 +168,42 @@ def test_the_command_writes_boxes_pictures_and_the_speed(
     assert "images per second on " in told
 
 
+def test_what_is_no_image_keeps_no_other_from_being_written(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "images", tmp_path / "found"
+    good = [write_image(folder / name) for name in ("a.png", "d.jpg", f"{'n' * 240}.png", f"{'o' * 251}.png")]
+    (folder / "b.jpg").write_bytes((folder / "d.jpg").read_bytes()[:200])
+    (folder / "c.webp").write_text("no image")
+    (folder / "e.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "._a.png").write_bytes(b"\0\5\x16\7Mac OS X")
+    (folder / "f.png").mkdir()
+    command = ["detect", str(folder), "--weights", str(weights_file), "--out", str(out), "--batch-size", "1"]
+    assert cli.main([*command, "--attention", "--queries", "1"]) == 1
+    report = json.loads((out / "detections.json").read_text())
+    assert [each["image"] for each in report] == list(map(str, good))
+    # The longest name has no place for what is added to it.
+    written = {f"{path.stem}_{kind}.png" for path in good[:3] for kind in ("boxes", "attention")}
+    assert {path.name for path in out.iterdir()} == written | {"detections.json"}
+    told = capsys.readouterr()
+    assert " in 4 images, " in told.out
+    lines = told.err.splitlines()[-6:]
+    assert lines[0] == "smca detect: 5 left out:"
+    for line, name in zip(lines[1:4], ("b.jpg", "c.webp", "e.png"), strict=True):
+        assert line.startswith(f"image {folder / name} can't be read: ")
+    for line, kind in zip(lines[4:], ("boxes", "attention"), strict=True):
+        assert line == f"picture {out / ('o' * 251)}_{kind}.png can't be written: File name too long"
+    assert "._a.png" not in told.err
+
+
+def test_a_folder_of_hidden_files_alone_has_no_images(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "images" / "._a.png")
+    assert cli.main(["detect", str(tmp_path / "images"), "--weights", str(weights_file)]) == 2
+    assert "a folder must have images in it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("options", "sides"), [([], (48, 72)), (["--size", "40"], (40, 60))])
 def test_images_are_resized_as_the_weights_say_unless_told_otherwise(
     weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], sides: tuple[int, int]
