@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import sys
 import time
@@ -70,7 +71,6 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
         classes: name of each label.
     """
     import matplotlib
-    from matplotlib.font_manager import findfont
     from torchvision.transforms.v2 import functional as transforms
     from torchvision.utils import draw_bounding_boxes
 
@@ -84,18 +84,54 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
     # The darker half of tab20, so that white letters can be read on it.
     shades = [matplotlib.colormaps["tab20"](2 * i / 20)[:3] for i in range(10)]
     palette = [tuple(round(255 * part) for part in shade) for shade in shades]
+    font, names = _legible([classes[label] for label in labels], labels)
     drawn: Tensor = draw_bounding_boxes(
         image,
         found["boxes"] * factor,
-        [f"{classes[label]} {score:.2f}" for label, score in zip(labels, found["scores"].tolist(), strict=True)],
+        [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)],
         colors=[palette[label % len(palette)] for label in labels],
         width=max(2, min(height, width) // 200),
-        font=findfont("DejaVu Sans"),
+        font=font,
         font_size=max(12, min(height, width) // 30),
         label_colors="white",
         fill_labels=True,
     )
     return drawn
+
+
+def _legible(names: Sequence[str], labels: Sequence[int]) -> tuple[str, list[str]]:
+    """A font file that has every character of some names, and the names; "class 7" for those that no font shows.
+
+    A character that a font lacks would be drawn as an empty box.
+    """
+    font = _find_font(frozenset("".join(names)))
+    shown = _characters(font)
+    return font, [
+        name if shown.issuperset(name) else f"class {label}" for name, label in zip(names, labels, strict=True)
+    ]
+
+
+@functools.cache
+def _find_font(characters: frozenset[str]) -> str:
+    """DejaVu Sans, or an installed font that has all of the characters where that has not."""
+    from matplotlib.font_manager import findfont, fontManager
+
+    usual = findfont("DejaVu Sans")
+    # The font of last resort shows everything, as boxes.
+    others = (entry.fname for entry in fontManager.ttflist if "last resort" not in entry.name.lower())
+    return next((font for font in (usual, *others) if _characters(font).issuperset(characters)), usual)
+
+
+@functools.cache
+def _characters(font: str) -> frozenset[str]:
+    """The characters that a font file can draw at any size; none of a file that can't be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        face = FT2Font(font)
+        return frozenset(map(chr, face.get_charmap())) if face.scalable else frozenset()
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
 
 
 def write_picture(image: Tensor, path: Path) -> None:
@@ -178,6 +214,7 @@ def draw_attention(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Rectangle
 
     height, width = image.shape[1:]
@@ -202,7 +239,9 @@ def draw_attention(
         point = (prior.reference_logits[0, query].sigmoid().cpu() * torch.tensor([width, height])).tolist()
         left.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
         left.set(xlim=frame[:2], ylim=frame[:1:-1], xticks=[], yticks=[])
-        left.set_title(f"query {query}: {model.classes[labels[query]]} {scores[query]:.2f}", fontsize=11)
+        font, (name,) = _legible([model.classes[labels[query]]], [int(labels[query])])
+        title = f"query {query}: {name} {scores[query]:.2f}"
+        left.set_title(title, font=FontProperties(fname=font, size=11), parse_math=False)
         attention = QueryAttention.of([scale[:, n] for scale in maps], prior, 0, query, strides)
         draw_heads(block, grid, photograph, attention, (point[0], point[1]), frame)
     with replacing(path) as temporary:

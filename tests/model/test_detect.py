@@ -145,6 +145,55 @@ def test_objects_are_found_in_images_one_pixel_wide(sides: tuple[int, int]) -> N
     assert torch.isfinite(found["boxes"]).all()
 
 
+def drawn_names(monkeypatch: pytest.MonkeyPatch, classes: tuple[str, ...]) -> tuple[list[str], str]:
+    import torchvision.utils
+
+    kept: list[tuple[list[str], str]] = []
+    real = torchvision.utils.draw_bounding_boxes
+    monkeypatch.setattr(
+        torchvision.utils,
+        "draw_bounding_boxes",
+        lambda image, boxes, names, **options: (
+            kept.append((names, options["font"])) or real(image, boxes, names, **options)
+        ),
+    )
+    count = len(classes)
+    found = {"boxes": torch.tensor([[1.0, 1.0, 20.0, 20.0]] * count), "labels": torch.arange(count)}
+    detect.draw_boxes(torch.zeros(3, 40, 50, dtype=torch.uint8), found | {"scores": torch.full((count,), 0.9)}, classes)
+    return kept[0]
+
+
+def test_names_that_no_font_can_show_are_drawn_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, font = drawn_names(monkeypatch, ("cat", "\U0010fffd", "Bär", "dog \U0010fffe", "Ελλάδα"))
+    assert names == ["cat 0.90", "class 1 0.90", "Bär 0.90", "class 3 0.90", "Ελλάδα 0.90"]
+    assert Path(font).name == "DejaVuSans.ttf"
+
+
+def test_names_are_drawn_in_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.font_manager import fontManager
+
+    sign = "\U0001d44e"  # an italic a of mathematics
+    usual = detect._find_font(frozenset("a"))
+    fonts = [each.fname for each in fontManager.ttflist if "Last Resort" not in each.name and each.fname != usual]
+    able = [font for font in fonts if sign in detect._characters(font)]
+    monkeypatch.setattr(detect, "_characters", lambda font: frozenset(f"cat{sign}" if font == able[0] else "cat"))
+    detect._find_font.cache_clear()
+    try:
+        assert drawn_names(monkeypatch, ("cat", sign)) == (["cat 0.90", f"{sign} 0.90"], able[0])
+        assert drawn_names(monkeypatch, ("cat",)) == (["cat 0.90"], usual)
+    finally:
+        detect._find_font.cache_clear()
+
+
+@pytest.mark.filterwarnings("error:Glyph:UserWarning")
+@pytest.mark.parametrize("name", ["\U0010fffd", r"$\nothing$", "100 % $"])
+def test_attention_of_classes_of_any_name_is_drawn(tmp_path: Path, name: str) -> None:
+    model = small_detector()
+    model.classes = (name,) * len(CLASSES)
+    detect.draw_attention(model, torch.randn(3, 48, 64), tmp_path / "attention.png", queries=[0])
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+
+
 def test_the_command_writes_boxes_pictures_and_the_speed(
     weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
