@@ -248,7 +248,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return self._resize(image, boxes, self.sizes[draw(0, len(self.sizes) - 1)])
 
     def _resize(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
-        size = list(resized_size(*image.shape[1:], short, self.max_size))
+        size = list(resized_size(image.shape[1:], short, self.max_size))
         return resize(image, short, self.max_size), transforms.resize(boxes, size)
 
     def _resize_to_crop(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
@@ -261,7 +261,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if enlarged and most >= self.max_size:
             return image, boxes
         limit = self.max_size if enlarged else max(most, self.max_size)
-        size = list(resized_size(*image.shape[1:], short, limit))
+        size = list(resized_size(image.shape[1:], short, limit))
         return resize(image, short, limit), transforms.resize(boxes, size)
 
     @functools.cached_property

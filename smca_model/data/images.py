@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,9 @@ def _gray(values: NDArray[np.floating[Any]]) -> Image.Image:
     return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
 
 
-def resized_size(height: int, width: int, short: int, max_size: int) -> tuple[int, int]:
-    """The height and width of an image after `resize`: DETR's rounding down, but no side below 1."""
+def resized_size(size: Sequence[int], short: int, max_size: int) -> tuple[int, int]:
+    """The height and width of an image of a size after `resize`: DETR's rounding down, but no side below 1."""
+    height, width = size
     least, most = min(height, width), max(height, width)
     new_least, new_most = short, int(short * most / least)
     if new_most > max_size:
@@ -163,7 +165,7 @@ def resized_size(height: int, width: int, short: int, max_size: int) -> tuple[in
 
 def resize(image: Tensor, short: int, max_size: int = MAX_SIZE) -> Tensor:
     """An image [3, H, W] with the shorter side of that many pixels, or fewer where the longer would exceed max_size."""
-    size = resized_size(*image.shape[1:], short, max_size)
+    size = resized_size(image.shape[1:], short, max_size)
     return transforms.resize(image, list(size), antialias=True)
 
 

@@ -245,6 +245,18 @@ def test_what_is_no_image_keeps_no_other_from_being_written(
     assert "._a.png" not in told.err
 
 
+def test_photographs_are_shown_and_reported_upright(weights_file: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 8
+    Image.effect_noise((64, 32), 80).convert("RGB").save(tmp_path / "photograph.jpg", exif=exif)
+    command = ["detect", str(tmp_path / "photograph.jpg"), "--weights", str(weights_file), "--threshold", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "found")]) == 0
+    (report,) = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert (report["width"], report["height"]) == (32, 64)
+    with Image.open(tmp_path / "found" / "photograph_boxes.png") as picture:
+        assert picture.size == (640, 1280)
+
+
 def test_a_folder_of_hidden_files_alone_has_no_images(
     weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,7 +201,7 @@ def test_sizes_are_those_of_torchvision_where_it_has_one(size: tuple[int, int], 
 
     image = torch.zeros(3, *size, dtype=torch.uint8)
     expected = transforms.resize(image, [short], max_size=1333).shape[1:]
-    assert resize(image, short, 1333).shape[1:] == resized_size(*size, short, 1333) == expected
+    assert resize(image, short, 1333).shape[1:] == resized_size(size, short, 1333) == expected
 
 
 # -------------------------------------------------------------------------------------------------------- broken images
