@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,9 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file in the same folder that takes the path's place when all went well, else vanishes.
+
+    It is as the umask says, like every new file, and its name is short, so that any name that fits its folder can be
+    written.
 
     Args:
         path: where the file is to be; its folder must exist.
@@ -26,15 +28,26 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    descriptor, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    name = _new_file(path.absolute())
     try:
-        yield Path(name)
-        os.chmod(name, 0o644)
+        yield name
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _new_file(path: Path) -> Path:
+    """An empty file beside a path; its name is no longer than the path's unless that has less than 8 characters."""
+    room = len(os.fsencode(path.name)) - 1
+    while True:
+        # `tempfile` makes files that nobody else can read, and os.umask can't be asked without being changed.
+        name = path.with_name("." + os.urandom(8).hex()[: max(7, min(room, 16))])
+        try:
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        return name
 
 
 def write_text(path: Path, text: str) -> None:

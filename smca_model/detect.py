@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHORT_SIDE_OF_PICTURES = 640  # smaller images are enlarged, for the names to be legible
+LONG_SIDE_OF_PICTURES = 4096  # and no further than to this
 
 
 def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
@@ -66,11 +71,11 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
         classes: name of each label.
     """
     import matplotlib
-    from matplotlib.font_manager import findfont
     from torchvision.transforms.v2 import functional as transforms
     from torchvision.utils import draw_bounding_boxes
 
-    factor = max(1, round(SHORT_SIDE_OF_PICTURES / min(image.shape[1:])))
+    factor = round(SHORT_SIDE_OF_PICTURES / min(image.shape[1:]))
+    factor = max(1, min(factor, LONG_SIDE_OF_PICTURES // max(image.shape[1:])))
     height, width = (factor * side for side in image.shape[1:])
     image = transforms.resize(image, [height, width])
     if not len(found["boxes"]):
@@ -79,18 +84,54 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
     # The darker half of tab20, so that white letters can be read on it.
     shades = [matplotlib.colormaps["tab20"](2 * i / 20)[:3] for i in range(10)]
     palette = [tuple(round(255 * part) for part in shade) for shade in shades]
+    font, names = _legible([classes[label] for label in labels], labels)
     drawn: Tensor = draw_bounding_boxes(
         image,
         found["boxes"] * factor,
-        [f"{classes[label]} {score:.2f}" for label, score in zip(labels, found["scores"].tolist(), strict=True)],
+        [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)],
         colors=[palette[label % len(palette)] for label in labels],
         width=max(2, min(height, width) // 200),
-        font=findfont("DejaVu Sans"),
+        font=font,
         font_size=max(12, min(height, width) // 30),
         label_colors="white",
         fill_labels=True,
     )
     return drawn
+
+
+def _legible(names: Sequence[str], labels: Sequence[int]) -> tuple[str, list[str]]:
+    """A font file that has every character of some names, and the names; "class 7" for those that no font shows.
+
+    A character that a font lacks would be drawn as an empty box.
+    """
+    font = _find_font(frozenset("".join(names)))
+    shown = _characters(font)
+    return font, [
+        name if shown.issuperset(name) else f"class {label}" for name, label in zip(names, labels, strict=True)
+    ]
+
+
+@functools.cache
+def _find_font(characters: frozenset[str]) -> str:
+    """DejaVu Sans, or an installed font that has all of the characters where that has not."""
+    from matplotlib.font_manager import findfont, fontManager
+
+    usual = findfont("DejaVu Sans")
+    # The font of last resort shows everything, as boxes.
+    others = (entry.fname for entry in fontManager.ttflist if "last resort" not in entry.name.lower())
+    return next((font for font in (usual, *others) if _characters(font).issuperset(characters)), usual)
+
+
+@functools.cache
+def _characters(font: str) -> frozenset[str]:
+    """The characters that a font file can draw at any size; none of a file that can't be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        face = FT2Font(font)
+        return frozenset(map(chr, face.get_charmap())) if face.scalable else frozenset()
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
 
 
 def write_picture(image: Tensor, path: Path) -> None:
@@ -173,6 +214,7 @@ def draw_attention(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Rectangle
 
     height, width = image.shape[1:]
@@ -197,7 +239,9 @@ def draw_attention(
         point = (prior.reference_logits[0, query].sigmoid().cpu() * torch.tensor([width, height])).tolist()
         left.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
         left.set(xlim=frame[:2], ylim=frame[:1:-1], xticks=[], yticks=[])
-        left.set_title(f"query {query}: {model.classes[labels[query]]} {scores[query]:.2f}", fontsize=11)
+        font, (name,) = _legible([model.classes[labels[query]]], [int(labels[query])])
+        title = f"query {query}: {name} {scores[query]:.2f}"
+        left.set_title(title, font=FontProperties(fname=font, size=11), parse_math=False)
         attention = QueryAttention.of([scale[:, n] for scale in maps], prior, 0, query, strides)
         draw_heads(block, grid, photograph, attention, (point[0], point[1]), frame)
     with replacing(path) as temporary:
@@ -225,10 +269,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca detect`: exit status 0.
+    """`smca detect`: exit status 0, or 1 with a list of what it left out: images that can't be read, too long names.
 
     Raises:
-        ValueError: when it can't start.
+        ValueError: when it can't start, and when no image can be read.
+        OSError: with the file's name, when nothing more can be written.
     """
     check_packages(("matplotlib", "safetensors", "torchvision", "tqdm"), "model,demo")
     files = _files(args.images)
@@ -248,30 +293,58 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
     report: list[dict[str, Any]] = []
     counted: list[tuple[int, float]] = []
+    left_out: list[str] = []
     for batch in tqdm(list(_batches(files, args.batch_size)), desc="detection", unit="batch"):
-        images = [load_image(file) for file in batch]
+        images: dict[Path, Tensor] = {}
+        for file in batch:
+            with _noting(left_out):
+                images[file] = load_image(file)
+        if not images:
+            continue
         began = time.perf_counter()
-        results = detect(model, images, threshold=args.threshold)
-        counted.append((len(batch), time.perf_counter() - began))
-        for file, image, found in zip(batch, images, results, strict=True):
+        results = detect(model, list(images.values()), threshold=args.threshold)
+        counted.append((len(images), time.perf_counter() - began))
+        for (file, image), found in zip(images.items(), results, strict=True):
             height, width = image.shape[1:]
             records = as_records(found, model.classes)
             report.append({"image": str(file), "width": width, "height": height, "detections": records})
-            write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
+            with _noting(left_out):
+                write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
             if args.attention:
                 (resized,) = _inputs(model, [image])
                 chosen = args.queries or best_queries(model, resized, 3)
                 path = args.out / f"{file.stem}_attention.png"
-                draw_attention(model, resized, path, queries=chosen, layer=args.layer)
+                with _noting(left_out):
+                    draw_attention(model, resized, path, queries=chosen, layer=args.layer)
+    if not report:
+        raise ValueError("\n".join(left_out))
     write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
     counted = counted[1:] or counted  # the first batch warms up
     speed = sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
     objects = sum(len(each["detections"]) for each in report)
     print(
-        f"{objects} objects of score {args.threshold:g} or more in {len(files)} images, in {args.out}; "
+        f"{objects} objects of score {args.threshold:g} or more in {len(report)} images, in {args.out}; "
         f"{speed:.1f} images per second on {device}, reading and drawing aside"
     )
+    if left_out:
+        print("\n".join([f"smca detect: {len(left_out)} left out:", *left_out]), file=sys.stderr)
+        return 1
     return 0
+
+
+@contextmanager
+def _noting(left_out: list[str]) -> Iterator[None]:
+    """Note an image that can't be read, and a picture of it whose name its folder doesn't take, and go on."""
+    from .data.images import DataError
+
+    try:
+        yield
+    except DataError as error:
+        left_out.append(str(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        left_out.append(f"picture {error.filename} can't be written: {error.strerror}")
 
 
 def as_records(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -288,7 +361,12 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            # Hidden files are no images: a Mac leaves ._NAME.jpg beside NAME.jpg.
+            inside = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+            )
             if not inside:
                 raise ValueError(f"a folder must have images in it ({', '.join(sorted(SUFFIXES))}), {path} has none")
             files += inside

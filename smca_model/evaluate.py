@@ -147,6 +147,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="data folder, of which the split val is taken")
     add_model_arguments(parser)
     add("--workers", type=int, default=2, metavar="N", help="processes that load images; default: %(default)s")
+    add(
+        "--upright",
+        action="store_true",
+        help="boxes are of upright images where size and EXIF don't say; as in training",
+    )
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--detections", type=Path, metavar="FILE", help="write the detections there, in COCO's results format")
 
@@ -201,7 +206,12 @@ def run(args: argparse.Namespace) -> int:
     model, device = load_model(args)
     size, max_size = model.image_size
     dataset = CocoDetection(
-        *find_split(args.data, "val"), train=False, classes=model.classes, sizes=(size,), max_size=max_size
+        *find_split(args.data, "val"),
+        train=False,
+        classes=model.classes,
+        sizes=(size,),
+        max_size=max_size,
+        upright=args.upright,
     )
     detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
     numbers, table = average_precision(dataset.coco, detections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,24 @@ def test_interruption_at_the_last_moment_leaves_the_old_file(monkeypatch: pytest
         write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_are_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    path = tmp_path / "results.json"
+    before = os.umask(umask)
+    try:
+        write_text(path, "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("name", ["m" * 255, "é" * 127, "model.safetensors", "picture.png", "a"])
+def test_every_name_that_fits_its_folder_can_be_written(tmp_path: Path, name: str) -> None:
+    with replacing(tmp_path / name) as temporary:
+        temporary.write_text("text")
+        # The shortest names leave too little for one that nobody has.
+        assert len(os.fsencode(temporary.name)) <= max(8, len(os.fsencode(name)))
+    assert [path.name for path in tmp_path.iterdir()] == [name]

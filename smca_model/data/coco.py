@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..config import MAX_SIZE, NO_CLASS, SIZES
 from .annotations import make_coco, read_annotations, some_of
-from .images import DataError, format_size, load_image, normalize, resize
+from .images import load_annotated_image, normalize, resize, resized_size
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
@@ -79,7 +79,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         labels [n] int64         index into `classes`
         image_id int
         size (int, int)          height and width of the image as given
-        orig_size (int, int)     height and width in the file
+        orig_size (int, int)     height and width in the annotation file
         dropped_boxes int        boxes left out because augmentation left less than a pixel of them
 
     Crowds are no targets. For training, DETR's augmentation: a flip; then, each half of the time, a resize to a
@@ -96,6 +96,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         max_size: most pixels of the longest side.
         flip, crop: False leaves that out of the augmentation: digits, for one, have no mirror images.
         seed: of the augmentation.
+        upright: whether boxes are those of the upright image where the annotated size doesn't tell that from the image
+            as stored; elsewhere it does (`load_annotated_image`).
 
     Attributes:
         classes: tuple of names, one a label.
@@ -104,8 +106,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         degenerate_boxes: boxes in the file that have no width or height, and were left out.
 
     Raises:
-        ValueError: for data that can't be used: a missing file, an empty split, a box outside its image, a category
-            or image that isn't listed, …
+        ValueError: for data that can't be used: a missing file, an empty split, a box outside its image, boxes all
+            smaller than a pixel, a category or image that isn't listed, …
         DataError: when an item is loaded, for an image that is broken or of another size; it is a ValueError.
     """
 
@@ -121,12 +123,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         flip: bool = True,
         crop: bool = True,
         seed: int = 0,
+        upright: bool = False,
     ) -> None:
         if not sizes or min(sizes) < 1 or max_size <= max(sizes):
             raise ValueError(f"sizes must be at least one, from 1 to below max_size={max_size}, got {list(sizes)}")
         self.images, self.annotations = Path(images), Path(annotations)
         self.train, self.sizes, self.max_size = train, tuple(sizes), max_size
-        self.flip, self.crop, self.seed = flip, crop, seed
+        self.flip, self.crop, self.seed, self.upright = flip, crop, seed, upright
         # In shared memory, so that the workers of a DataLoader see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -149,15 +152,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         label = {category: i for i, category in enumerate(self.category_ids)}
         objects = [annotation for annotation in data["annotations"] if not annotation["iscrowd"]]
         objects.sort(key=lambda annotation: rank[annotation["image_id"]])
-        boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
+        # In float64, in which the far corner of a box that begins far outside is still right.
+        boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float64).reshape(-1, 4)
         keep = (boxes[:, 2:] > 0).all(1)
         self.degenerate_boxes = int((~keep).sum())
-        self._boxes = box_convert(boxes, "xywh", "xyxy")[keep]
+        self._boxes = box_convert(boxes, "xywh", "xyxy")[keep].float()
         self._labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)[keep]
         ranks = torch.tensor([rank[a["image_id"]] for a in objects], dtype=torch.int64)[keep]
         self._starts = torch.searchsorted(ranks, torch.arange(len(entries) + 1))
         if not len(self._boxes):
             raise ValueError(f"annotations must have at least one box that is no crowd, {self.annotations} has none")
+        self._check_units(int((boxes[keep, 2:] < 1).any(1).sum()))
         self._warn_of_clipped()
 
     def _check_files(self) -> None:
@@ -171,6 +176,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 f"images must hold every file of {self.annotations}, but {len(missing)} of {len(self.files)} are not "
                 f"in {self.images}: {some_of(missing)}"
             )
+
+    def _check_units(self, small: int) -> None:
+        """Refuse boxes that all have a side of less than a pixel, and warn if that many have."""
+        if not small:
+            return
+        told = f"{self.annotations}: {small} of {len(self._boxes)} boxes have a side of less than a pixel"
+        if small == len(self._boxes):
+            raise ValueError(f"{told}; bbox must be [x, y, width, height] in pixels, not in parts of the image")
+        warnings.warn(f"{told}; if they are in parts of the image, they must be in pixels", stacklevel=3)
 
     def _warn_of_clipped(self) -> None:
         counts = self._starts.diff()
@@ -194,10 +208,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         path, orig_size = self.images / self.files[index], self.orig_sizes[index]
-        image = load_image(path)
-        if tuple(image.shape[1:]) != orig_size:
-            wanted, got = format_size(*orig_size), format_size(*image.shape[1:])
-            raise DataError(f"image {path} must be of the size in {self.annotations}, {wanted}, got {got}")
+        image = load_annotated_image(path, orig_size, annotations=self.annotations, upright=self.upright)
         here = slice(int(self._starts[index]), int(self._starts[index + 1]))
         boxes = tv_tensors.BoundingBoxes(self._boxes[here].clone(), format="XYXY", canvas_size=orig_size)
         if self.train:
@@ -229,16 +240,29 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if self.crop and draw(0, 1):
             largest = max(self.sizes)
             short = max(1, round(CROP_FROM[draw(0, len(CROP_FROM) - 1)] * largest))
-            image, boxes = self._resize(image, boxes, short, limited=False)
+            image, boxes = self._resize_to_crop(image, boxes, short)
             low, high = (max(1, round(part * largest)) for part in CROP_SIDE)
             height, width = (draw(min(low, side), min(high, side)) for side in image.shape[1:])
             top, left = draw(0, image.shape[1] - height), draw(0, image.shape[2] - width)
             image, boxes = (transforms.crop(each, top, left, height, width) for each in (image, boxes))
         return self._resize(image, boxes, self.sizes[draw(0, len(self.sizes) - 1)])
 
-    def _resize(self, image: Tensor, boxes: Tensor, short: int, limited: bool = True) -> tuple[Tensor, Tensor]:
-        max_size = self.max_size if limited else None
-        return resize(image, short, max_size), transforms.resize(boxes, [short], max_size=max_size)
+    def _resize(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
+        size = list(resized_size(image.shape[1:], short, self.max_size))
+        return resize(image, short, self.max_size), transforms.resize(boxes, size)
+
+    def _resize_to_crop(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
+        """Resize without a limit, so that crops of panoramas are as high as others, but enlarge only up to max_size.
+
+        DETR has no limit at all here: an image of 3 × 2600 pixels would become one of 600 × 520 000.
+        """
+        least, most = sorted(image.shape[1:])
+        enlarged = short > least and int(short * most / least) > self.max_size
+        if enlarged and most >= self.max_size:
+            return image, boxes
+        limit = self.max_size if enlarged else max(most, self.max_size)
+        size = list(resized_size(image.shape[1:], short, limit))
+        return resize(image, short, limit), transforms.resize(boxes, size)
 
     @functools.cached_property
     def coco(self) -> COCO:

@@ -71,20 +71,19 @@ def make_digits(
         raise ValueError(f"out must be a new or empty folder, got {out}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix="."))
     except OSError as error:
         raise ValueError(f"out must be in a folder that can be written, got {out} ({error})") from None
     try:
-        temporary.chmod(0o755)
-        (temporary / "annotations").mkdir()
+        folder = temporary / "data"  # as the umask says, which the folder around it is not
+        (folder / "annotations").mkdir(parents=True)
         for split, count in (("train", train), ("val", val)):
-            _write_split(temporary, split, count, size, seed, progress)
+            _write_split(folder, split, count, size, seed, progress)
         text = README.format(train=train, val=val, size=size, seed=seed, most=MAX_DIGITS)
-        (temporary / "README.md").write_text(text, encoding="utf-8")
-        temporary.replace(out)
-    except BaseException:
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        folder.replace(out)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_split(folder: Path, split: str, count: int, size: int, seed: int, progress: bool) -> None:

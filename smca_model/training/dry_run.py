@@ -69,7 +69,7 @@ def largest_size(dataset: CocoDetection) -> tuple[int, int]:
     short = max(dataset.sizes)
     scales = [min(short / min(size), dataset.max_size / max(size)) for size in dataset.orig_sizes]
     height, width = (
-        max(round(size[axis] * scale) for size, scale in zip(dataset.orig_sizes, scales, strict=True))
+        max(1, *(round(size[axis] * scale) for size, scale in zip(dataset.orig_sizes, scales, strict=True)))
         for axis in (0, 1)
     )
     return height, width

@@ -45,6 +45,7 @@ class Settings:
     max_size: int = option(MAX_SIZE, "most pixels of the longest side")
     flip: bool = option(True, "mirror half of the training images")
     crop: bool = option(True, "crop half of the training images")
+    upright: bool = option(False, "boxes are of upright images where size and EXIF don't say")
     epochs: int = option(50, "passes over the training images")
     lr_drop: int = option(40, "epoch from which the learning rate is a tenth")
     lr: float = option(1e-4, "learning rate")

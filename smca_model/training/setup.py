@@ -25,7 +25,7 @@ def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
     from ..data.coco import CocoDetection, find_split
 
     folder = Path(settings.data)
-    sizes: dict[str, Any] = {"sizes": settings.sizes, "max_size": settings.max_size}
+    sizes: dict[str, Any] = {"sizes": settings.sizes, "max_size": settings.max_size, "upright": settings.upright}
     train_split, val_split = (find_split(folder, split) for split in ("train", "val"))
     train_set = CocoDetection(
         *train_split, train=True, flip=settings.flip, crop=settings.crop, seed=settings.seed, **sizes

@@ -122,6 +122,78 @@ def test_boxes_are_drawn_where_they_are() -> None:
     assert not detect.draw_boxes(image, nothing, CLASSES).any()
 
 
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [((1, 1000), (4, 4000)), ((5000, 2), (5000, 2)), ((3, 1), (1920, 640)), ((9, 700), (45, 3500))],
+)
+def test_pictures_of_long_thin_images_are_enlarged_up_to_a_long_side(
+    sides: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    image = torch.zeros(3, *sides, dtype=torch.uint8)
+    box = torch.tensor([[0.0, 0.0, float(sides[1]), float(sides[0])]])
+    found = {"boxes": box, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+    drawn = detect.draw_boxes(image, found, CLASSES)
+    assert drawn.shape == (3, *expected)
+    assert drawn.any()
+
+
+@pytest.mark.parametrize("sides", [(1, 900), (900, 1), (1, 1)])
+def test_objects_are_found_in_images_one_pixel_wide(sides: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *sides), dtype=torch.uint8)
+    (found,) = detect.detect(small_detector(), [image], threshold=0.0)
+    assert len(found["boxes"]) == 18
+    assert torch.isfinite(found["boxes"]).all()
+
+
+def drawn_names(monkeypatch: pytest.MonkeyPatch, classes: tuple[str, ...]) -> tuple[list[str], str]:
+    import torchvision.utils
+
+    kept: list[tuple[list[str], str]] = []
+    real = torchvision.utils.draw_bounding_boxes
+    monkeypatch.setattr(
+        torchvision.utils,
+        "draw_bounding_boxes",
+        lambda image, boxes, names, **options: (
+            kept.append((names, options["font"])) or real(image, boxes, names, **options)
+        ),
+    )
+    count = len(classes)
+    found = {"boxes": torch.tensor([[1.0, 1.0, 20.0, 20.0]] * count), "labels": torch.arange(count)}
+    detect.draw_boxes(torch.zeros(3, 40, 50, dtype=torch.uint8), found | {"scores": torch.full((count,), 0.9)}, classes)
+    return kept[0]
+
+
+def test_names_that_no_font_can_show_are_drawn_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, font = drawn_names(monkeypatch, ("cat", "\U0010fffd", "Bär", "dog \U0010fffe", "Ελλάδα"))
+    assert names == ["cat 0.90", "class 1 0.90", "Bär 0.90", "class 3 0.90", "Ελλάδα 0.90"]
+    assert Path(font).name == "DejaVuSans.ttf"
+
+
+def test_names_are_drawn_in_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.font_manager import fontManager
+
+    sign = "\U0001d44e"  # an italic a of mathematics
+    usual = detect._find_font(frozenset("a"))
+    fonts = [each.fname for each in fontManager.ttflist if "Last Resort" not in each.name and each.fname != usual]
+    able = [font for font in fonts if sign in detect._characters(font)]
+    monkeypatch.setattr(detect, "_characters", lambda font: frozenset(f"cat{sign}" if font == able[0] else "cat"))
+    detect._find_font.cache_clear()
+    try:
+        assert drawn_names(monkeypatch, ("cat", sign)) == (["cat 0.90", f"{sign} 0.90"], able[0])
+        assert drawn_names(monkeypatch, ("cat",)) == (["cat 0.90"], usual)
+    finally:
+        detect._find_font.cache_clear()
+
+
+@pytest.mark.filterwarnings("error:Glyph:UserWarning")
+@pytest.mark.parametrize("name", ["\U0010fffd", r"$\nothing$", "100 % $"])
+def test_attention_of_classes_of_any_name_is_drawn(tmp_path: Path, name: str) -> None:
+    model = small_detector()
+    model.classes = (name,) * len(CLASSES)
+    detect.draw_attention(model, torch.randn(3, 48, 64), tmp_path / "attention.png", queries=[0])
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+
+
 def test_the_command_writes_boxes_pictures_and_the_speed(
     weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +215,54 @@ def test_the_command_writes_boxes_pictures_and_the_speed(
     assert sorted(path.name for path in out.iterdir()) == names
     assert "54 objects" in (told := capsys.readouterr().out)
     assert "images per second on " in told
+
+
+def test_what_is_no_image_keeps_no_other_from_being_written(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "images", tmp_path / "found"
+    good = [write_image(folder / name) for name in ("a.png", "d.jpg", f"{'n' * 240}.png", f"{'o' * 251}.png")]
+    (folder / "b.jpg").write_bytes((folder / "d.jpg").read_bytes()[:200])
+    (folder / "c.webp").write_text("no image")
+    (folder / "e.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "._a.png").write_bytes(b"\0\5\x16\7Mac OS X")
+    (folder / "f.png").mkdir()
+    command = ["detect", str(folder), "--weights", str(weights_file), "--out", str(out), "--batch-size", "1"]
+    assert cli.main([*command, "--attention", "--queries", "1"]) == 1
+    report = json.loads((out / "detections.json").read_text())
+    assert [each["image"] for each in report] == list(map(str, good))
+    # The longest name has no place for what is added to it.
+    written = {f"{path.stem}_{kind}.png" for path in good[:3] for kind in ("boxes", "attention")}
+    assert {path.name for path in out.iterdir()} == written | {"detections.json"}
+    told = capsys.readouterr()
+    assert " in 4 images, " in told.out
+    lines = told.err.splitlines()[-6:]
+    assert lines[0] == "smca detect: 5 left out:"
+    for line, name in zip(lines[1:4], ("b.jpg", "c.webp", "e.png"), strict=True):
+        assert line.startswith(f"image {folder / name} can't be read: ")
+    for line, kind in zip(lines[4:], ("boxes", "attention"), strict=True):
+        assert line == f"picture {out / ('o' * 251)}_{kind}.png can't be written: File name too long"
+    assert "._a.png" not in told.err
+
+
+def test_photographs_are_shown_and_reported_upright(weights_file: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 8
+    Image.effect_noise((64, 32), 80).convert("RGB").save(tmp_path / "photograph.jpg", exif=exif)
+    command = ["detect", str(tmp_path / "photograph.jpg"), "--weights", str(weights_file), "--threshold", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "found")]) == 0
+    (report,) = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert (report["width"], report["height"]) == (32, 64)
+    with Image.open(tmp_path / "found" / "photograph_boxes.png") as picture:
+        assert picture.size == (640, 1280)
+
+
+def test_a_folder_of_hidden_files_alone_has_no_images(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "images" / "._a.png")
+    assert cli.main(["detect", str(tmp_path / "images"), "--weights", str(weights_file)]) == 2
+    assert "a folder must have images in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "sides"), [([], (48, 72)), (["--size", "40"], (40, 60))])

@@ -268,3 +268,24 @@ def test_smca_eval_refuses_weights_of_other_classes(tmp_path: Path, weights_file
 def test_smca_eval_refuses_wrong_options_before_any_work(option: tuple[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run("--weights", "w", "--data", "d", *option)
+
+
+@pytest.mark.parametrize("options", [(), ("--upright",)])
+def test_upright_reaches_the_data_of_evaluation_and_training(
+    tmp_path: Path, weights_file: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    from smca_model.training import settings, setup
+
+    seen: list[bool] = []
+    real = CocoDetection.__init__
+
+    def keep(self: CocoDetection, *paths: Path, **given: Any) -> None:
+        seen.append(given["upright"])
+        real(self, *paths, **given)
+
+    monkeypatch.setattr(CocoDetection, "__init__", keep)
+    for split in ("train", "val"):
+        write_coco(tmp_path / "set", OBJECTS, sizes=SIZES, split=split)
+    assert run("--weights", weights_file, "--data", tmp_path / "set", "--workers", 0, "--device", "cpu", *options) == 0
+    setup.open_data(settings.Settings(data=str(tmp_path / "set"), preset="smca-tiny", upright=bool(options)))
+    assert seen == [bool(options)] * 3

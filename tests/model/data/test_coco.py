@@ -97,6 +97,32 @@ def test_area_and_iscrowd_may_be_missing(tmp_path: Path) -> None:
     assert (found["area"], found["iscrowd"]) == (40, 0)
 
 
+def test_area_and_iscrowd_that_are_null_are_as_good_as_missing(tmp_path: Path) -> None:
+    entry = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 8, 5], "area": None, "iscrowd": None}
+    dataset = validation(write_coco(tmp_path, [entry, {**entry, "area": 12.5, "iscrowd": 1.0}]))
+    found = dataset.coco.dataset["annotations"]
+    assert [(each["area"], each["iscrowd"]) for each in found] == [(40, 0), (12.5, 1)]
+    assert dataset[0][1]["labels"].tolist() == [0]
+
+
+def test_numbers_that_no_integer_type_holds_are_pixels_like_others(tmp_path: Path) -> None:
+    boxes = [[-(10**30), 0, 2 * 10**30, 20], [-1e12, 0, 1e12 + 30, 40], [0, 0, 1e300, 40]]
+    paths = write_coco(tmp_path, [annotation(i, 1, 3, box) for i, box in enumerate(boxes, 1)])
+    with pytest.warns(UserWarning, match="3 of 3 boxes reach beyond their image"):
+        dataset = validation(paths)
+    expected = torch.tensor([[0.5, 0.25, 1.0, 0.5], [0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
+    torch.testing.assert_close(dataset[0][1]["boxes"], expected)
+    assert np.isfinite(np.array([each["bbox"] for each in dataset.coco.dataset["annotations"]], float)).all()
+
+
+def test_ids_may_take_all_of_64_bits(tmp_path: Path) -> None:
+    sizes = {2**63 - 1: (40, 60), -(2**63): (40, 60)}
+    boxes = [annotation(1, image, 3, [0, 0, 70, 40]) for image in sizes]
+    with pytest.warns(UserWarning, match=f"in the images with ids -{2**63}, {2**63 - 1}$"):
+        dataset = validation(write_coco(tmp_path, boxes, sizes=sizes))
+    assert dataset[1][1]["image_id"] == 2**63 - 1
+
+
 def test_boxes_without_width_or_height_are_left_out_and_counted(tmp_path: Path) -> None:
     boxes = [[0, 0, 0, 9], [5, 5, 9, 0], [3, 3, 9, 9]]
     dataset = validation(write_coco(tmp_path, [annotation(i, 1, 3, box) for i, box in enumerate(boxes, 1)]))
@@ -110,6 +136,25 @@ def test_boxes_that_reach_beyond_the_image_are_clipped_with_a_warning(tmp_path: 
     with pytest.warns(UserWarning, match="1 of 2 boxes reach beyond their image and are clipped, in .* ids 1$"):
         dataset = validation(paths)
     assert dataset[0][1]["boxes"].tolist() == [[0.75, 0.25, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]
+
+
+def test_boxes_given_as_parts_of_the_image_are_refused(tmp_path: Path) -> None:
+    boxes = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.25, 0.5], [0, 0, 1, 0.9], [0.5, 0.5, 0, 0.1]]
+    crowd = {**annotation(9, 1, 3, [0, 0, 30, 30]), "iscrowd": 1}
+    paths = write_coco(tmp_path, [crowd, *(annotation(i, 1, 3, box) for i, box in enumerate(boxes))])
+    told = r"val\.json: 3 of 3 boxes have a side of less than a pixel; bbox must be .* in pixels, not in parts of the"
+    with pytest.raises(ValueError, match=told):
+        validation(paths)
+
+
+def test_boxes_of_less_than_a_pixel_among_others_are_told_when_the_file_is_opened(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    boxes = [[0.1, 0.2, 0.3, 0.4], [5, 5, 20, 0.5], [0, 0, 1, 1], [33.3, 9.7, 1, 1]]
+    paths = write_coco(tmp_path, [annotation(i, 1, 3, box) for i, box in enumerate(boxes)])
+    validation(paths)
+    (told,) = [str(each.message) for each in recwarn]
+    assert f"{paths[1]}: 2 of 4 boxes have a side of less than a pixel" in told
 
 
 def test_collate_gives_lists(tmp_path: Path) -> None:
@@ -137,6 +182,15 @@ def test_images_of_any_mode_are_read_as_rgb(tmp_path: Path, mode: str) -> None:
     assert torch.equal(load_image(path), torch.full((3, 4, 5), 255, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (3, 5000)])
+def test_no_side_is_resized_to_nothing(tmp_path: Path, size: tuple[int, int]) -> None:
+    height, width = size
+    paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, width, height])], sizes={1: size})
+    image, target = validation(paths, sizes=(800,), max_size=1333)[0]
+    assert sorted(image.shape[1:]) == [1, 1333]
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
+
+
 @pytest.mark.parametrize(("max_size", "expected"), [(1333, (20, 30)), (24, (16, 24))])
 def test_the_short_side_is_resized_unless_the_longest_would_exceed_its_limit(
     tmp_path: Path, max_size: int, expected: tuple[int, int]
@@ -145,6 +199,29 @@ def test_the_short_side_is_resized_unless_the_longest_would_exceed_its_limit(
     image, target = validation(paths, sizes=(10, 20), max_size=max_size)[0]
     assert tuple(image.shape[1:]) == target["size"] == expected
     torch.testing.assert_close(target["boxes"], torch.tensor([[0.25, 0.25, 0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_photographs_are_turned_as_their_boxes_are(tmp_path: Path, upright: bool) -> None:
+    # White where the box is: the first is annotated upright, the second as stored, and the third may be either.
+    sizes = {1: (60, 40), 2: (40, 60), 3: (50, 50)}
+    stored = {1: [0, 10, 20, 30], 2: [0, 10, 20, 30], 3: [0, 15, 20, 30]}
+    turned = [0, 0, 30, 20]  # by 90°, clockwise
+    boxes = {1: turned, 2: stored[2], 3: [5, 0, 30, 20] if upright else stored[3]}
+    paths = write_coco(tmp_path, [annotation(i, i, 3, box) for i, box in boxes.items()], sizes=sizes)
+    exif = Image.Exif()
+    exif[274] = 6
+    for i, (x, y, width, height) in stored.items():
+        pixels = np.zeros((50, 50, 3) if i == 3 else (40, 60, 3), np.uint8)
+        pixels[y : y + height, x : x + width] = 255
+        Image.fromarray(pixels).save(paths[0] / f"{i}.png", exif=exif)
+    dataset = validation(paths, upright=upright)
+    for image, target in map(dataset.__getitem__, range(3)):
+        height, width = target["size"]
+        x, y, w, h = (target["boxes"][0] * torch.tensor([width, height, width, height])).tolist()
+        white = (image[0] > 0).nonzero()
+        extent = [white[:, 1].min(), white[:, 0].min(), white[:, 1].max() + 1, white[:, 0].max() + 1]
+        assert [v.item() for v in extent] == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=1)
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
@@ -234,6 +311,25 @@ def test_a_panorama_is_cropped_at_full_height(tmp_path: Path) -> None:
     assert all(min(shape) >= 38 / 60 * max(shape) - 1 for shape in shapes - {(12, 120)})
 
 
+@pytest.mark.parametrize("size", [(3, 2600), (2600, 3), (1, 5000), (2, 1000), (60, 900)])
+def test_long_thin_images_are_enlarged_no_further_than_their_final_long_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    height, width = size
+    paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, width, height])], sizes={1: size}, split="train")
+    dataset = CocoDetection(*paths, train=True)
+    made: list[torch.Size] = []
+    real = coco.resize
+    monkeypatch.setattr(coco, "resize", lambda *call: made.append((result := real(*call)).shape[1:]) or result)
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        image, target = dataset[0]
+        assert 1 <= min(image.shape[1:]) <= max(image.shape[1:]) <= 1333
+        assert len(target["boxes"]) == 1
+    assert len(made) >= 12
+    assert max(max(shape) for shape in made) <= max(1333, *size)
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     paths = write_squares(tmp_path)
 
@@ -303,6 +399,55 @@ IMAGE = {"id": 1, "file_name": "1.png", "height": 40, "width": 60}
         ([annotation(5, 1, 3, [0, 0, 9, float("nan")])], {}, r"bbox must be .*, got \[0, 0, 9, nan\]"),
         ([annotation(5, 1, 3, [0, 0, 9, "9"])], {}, r"bbox must be .*, got \[0, 0, 9, '9'\]"),
         ([{"image_id": 1, "category_id": 3}], {}, r"annotations\[0\] must have bbox \(list\), got {"),
+        (
+            [GOOD],
+            {"images": [{**IMAGE, "id": 2**63}]},
+            r"json: images\[0\]: id must fit 64 bits, got 9223372036854775808",
+        ),
+        ([{**GOOD, "image_id": -(10**400)}], {}, r"annotations\[0\]: image_id must fit 64 bits, got -10000"),
+        ([GOOD], {"images": [{**IMAGE, "id": True}]}, r"images\[0\] must have id \(int\), got .*true"),
+        (
+            [GOOD],
+            {"images": [IMAGE, {**IMAGE, "id": 2, "height": 0}]},
+            r"json: images\[1\], id 2: height must be 1 to .* pixels, got 0",
+        ),
+        ([GOOD], {"images": [{**IMAGE, "width": -1}]}, r"images\[0\], id 1: width must be 1 to .* pixels, got -1"),
+        ([GOOD], {"images": [{**IMAGE, "width": 2**70}]}, r"images\[0\]: width must fit 64 bits"),
+        ([GOOD], {"images": [{**IMAGE, "width": 2**40}]}, r"images\[0\], id 1: width must be 1 to 2147483647 pixels"),
+        ([{**GOOD, "bbox": [0, 0, 9, 10**400]}], {}, r"annotation 1 of image 1: bbox must be .*, got \[0, 0, 9, 1000"),
+        ([{**GOOD, "bbox": [0, 0, 9, True]}], {}, r"annotation 1 of image 1: bbox must be .*, got \[0, 0, 9, True\]"),
+        *(
+            (
+                [{**GOOD, "iscrowd": value}],
+                {},
+                f"val.json: annotation 1 of image 1: iscrowd must be 0 or 1.*, got {told}",
+            )
+            for value, told in (
+                ("0", '"0"'),
+                ("", '""'),
+                ([], r"\[\]"),
+                ({}, "{}"),
+                (2, "2"),
+                (-1, "-1"),
+                (0.5, "0.5"),
+                (float("nan"), "NaN"),
+                (False, "false"),
+                (10**400, "1000"),
+            )
+        ),
+        *(
+            ([{**GOOD, "area": value}], {}, f"val.json: annotation 1 of image 1: area must be a number.*, got {told}")
+            for value, told in (
+                ("81", '"81"'),
+                ([81], r"\[81\]"),
+                ({}, "{}"),
+                (True, "true"),
+                (float("inf"), "Infinity"),
+                (float("nan"), "NaN"),
+                (-1, "-1"),
+                (10**400, "1000"),
+            )
+        ),
         ([GOOD], {"images": [IMAGE, {**IMAGE, "id": "2"}]}, r"images\[1\] must have id \(int\), got"),
         ([GOOD], {"images": [IMAGE, IMAGE]}, "each id in images must be there once, repeated: 1"),
         ([GOOD], {"categories": [*CATEGORIES, {"id": 9, "name": "cat"}]}, "each name in categories .* repeated: cat"),
@@ -330,6 +475,9 @@ def test_annotations_that_are_not_there_or_no_json_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"annotations must be a file that can be read, got .*no\.json: No such file"):
         validation((images, tmp_path / "no.json"))
     file.write_text(file.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"annotations must be JSON, got .*val\.json: "):
+        validation((images, file))
+    file.write_text('{"images": ' + "[" * 200_000)
     with pytest.raises(ValueError, match=r"annotations must be JSON, got .*val\.json: "):
         validation((images, file))
     file.write_bytes(b"\xff\xfe\x00")

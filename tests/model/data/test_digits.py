@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,15 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path: P
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
         make(tmp_path / "set", **option)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "modes"), [(0o077, (0o700, 0o600)), (0o002, (0o775, 0o664))])
+def test_the_folder_is_as_the_umask_says(tmp_path: Path, umask: int, modes: tuple[int, int]) -> None:
+    before = os.umask(umask)
+    try:
+        folder = make(tmp_path / ("d" * 255))  # the longest name that a folder can have
+    finally:
+        os.umask(before)
+    for path in (folder, *folder.rglob("*")):
+        assert path.stat().st_mode & 0o777 == modes[path.is_file()], path
