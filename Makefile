@@ -12,7 +12,7 @@ demo: $(READY)
 # In parallel where there is no GPU to share. Each process holds a torch of its own, so not on all of many cores.
 test: $(READY)
 	$(BIN)/python -m pytest -n $$($(BIN)/python -c "import torch; print(0 if torch.cuda.is_available() else 'auto')") \
-		--maxprocesses 8 --dist loadgroup --durations 15
+		--maxprocesses 8 --durations 15
 
 # The compiled kernels, executed without a GPU: hundreds of cases, for hours. Interrupted, it goes on where it was.
 machine: $(READY)

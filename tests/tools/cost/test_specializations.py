@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("triton")
 
@@ -43,9 +45,6 @@ def test_pointers_to_inputs_take_their_dtype(dtype: str) -> None:
     assert kinds == [f"*{dtype}", f"*{dtype}", "*fp32", "*i64", "i64", "i32", "fp32"]
 
 
-# One process of the test run compiles them all: `make test` keeps the tests of a group together.
-together = pytest.mark.xdist_group("real kernels")
-
 # fp16 and bf16 take the same configuration and the same registers; both are compiled where a bar names them.
 # sm_86 and sm_89 compile as sm_80 does, for another number of resident warps.
 SPILL_CASES = [
@@ -55,29 +54,38 @@ SPILL_CASES = [
 ]
 
 
-@functools.cache
-def all_rows() -> list[Row]:
-    """All that the tests below look at, by one pool of compiling processes."""
-    return compile_report(SPILL_CASES)
+RowsOf = Callable[[int, str, int], list[Row]]
 
 
-def real_rows(arch: int, dtype: str, head_dim: int) -> list[Row]:
-    wanted = f"sm_{arch}", dtype, head_dim
-    rows = [row for row in all_rows() if (row["arch"], row["dtype"], row["head_dim"]) == wanted]
-    assert rows
-    return rows
+@pytest.fixture(scope="session")
+def real_rows(tmp_path_factory: pytest.TempPathFactory) -> RowsOf:
+    """Rows of an architecture, dtype and head dimension; whichever process of the test run asks first compiles all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    file = folder / "real_rows.json"
+    with FileLock(folder / "real_rows.lock"):
+        if not file.exists():
+            file.write_text(json.dumps(compile_report(SPILL_CASES)), "utf-8")
+    all_rows = json.loads(file.read_text("utf-8"))
+
+    def of(arch: int, dtype: str, head_dim: int) -> list[Row]:
+        wanted = f"sm_{arch}", dtype, head_dim
+        rows = [row for row in all_rows if (row["arch"], row["dtype"], row["head_dim"]) == wanted]
+        assert rows
+        return rows
+
+    return of
 
 
-@together
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), SPILL_CASES)
-def test_no_spills(arch: int, dtype: str, head_dim: int):
+def test_no_spills(arch: int, dtype: str, head_dim: int, real_rows: RowsOf):
     for row in real_rows(arch, dtype, head_dim):
         assert row["error"] is None
         assert (row["kernel"], row["spill_bytes"], row["local_bytes"]) == (row["kernel"], 0, 0)
 
 
-@together
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(
@@ -88,17 +96,16 @@ def test_no_spills(arch: int, dtype: str, head_dim: int):
         *((80, "planned backward", 32.0), (90, "planned backward", 26.0)),
     ],
 )
-def test_instructions_per_element_stay_under_the_bar(arch: int, pass_: str, bar: float, dtype: str):
+def test_instructions_per_element_stay_under_the_bar(arch: int, pass_: str, bar: float, dtype: str, real_rows: RowsOf):
     rows = [row for row in real_rows(arch, dtype, 32) if row["pass"] == pass_]
     # A pass of several kernels ends with their total.
     assert rows[-1]["kernel"] == f"{pass_} total" or len(rows) == 1
     assert rows[-1]["instructions_per_element"] <= bar
 
 
-@together
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_a_plan_adds_at_most_half_an_instruction_per_element(arch: int):
+def test_a_plan_adds_at_most_half_an_instruction_per_element(arch: int, real_rows: RowsOf):
     def total(pass_: str) -> float:
         rows = [row for row in real_rows(arch, "bf16", 32) if row["pass"] == pass_]
         return rows[-1]["instructions_per_element"]
@@ -121,10 +128,9 @@ WARNING_CASES = [
 ]  # fmt: skip
 
 
-@together
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "head_dim", "kernel"), WARNING_CASES)
-def test_ptxas_tells_of_no_lost_performance(arch: int, head_dim: int, kernel: str):
+def test_ptxas_tells_of_no_lost_performance(arch: int, head_dim: int, kernel: str, real_rows: RowsOf):
     rows = [row for row in real_rows(arch, "bf16", head_dim) if row["kernel"].removeprefix("planned ") == kernel]
     assert rows
     for row in rows:
@@ -132,10 +138,9 @@ def test_ptxas_tells_of_no_lost_performance(arch: int, head_dim: int, kernel: st
         assert row["ptxas_warnings"] == []
 
 
-@together
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
-def test_simulated_loops_stay_below_their_ceiling(arch: int):
+def test_simulated_loops_stay_below_their_ceiling(arch: int, real_rows: RowsOf):
     rows = [row for row in real_rows(arch, "bf16", 32) if row.get("elements_per_iteration")]
     assert len(rows) == 6
     for row in rows:
