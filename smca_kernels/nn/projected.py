@@ -77,7 +77,7 @@ class ProjectedCoAttention(nn.Module):
         self,
         query: Tensor,  # [B, N, H · D]
         key: Tensor,  # [B, T, H · D]
-        value: Tensor,  # [B, T, H · D]
+        value: Tensor,  # [B, T, H · D_v]
         spatial_shapes: Sequence[Sequence[int]],  # S × (height, width)
         *,
         prior_features: Tensor,  # [B, N, E]
@@ -95,7 +95,7 @@ class ProjectedCoAttention(nn.Module):
             query: [B, N, H · D] projected object queries, the channels of a head side by side.
             key: [B, T, H · D] projected keys; the scales one after the other, row-major inside a scale,
                 T = Σ height · width.
-            value: [B, T, H · D] projected values.
+            value: [B, T, H · D_v] projected values; D_v may differ from D.
             spatial_shapes: (height, width) of each scale's grid, in cells.
             prior_features: [B, N, E], what the prior is predicted from. Geometry "official": tgt + query_pos from
                 before the self-attention; "paper": the object queries with their position added, from after it.
@@ -104,7 +104,7 @@ class ProjectedCoAttention(nn.Module):
             scale, mass_tolerance, backend: as `smca_attention`.
 
         Returns:
-            output [B, N, H · D], and the `SpatialPriorOutput` that it was computed with, whose reference_logits go to
+            output [B, N, H · D_v], and the `SpatialPriorOutput` that it was computed with, whose reference_logits go to
             the next layers and to the box head.
 
         Raises:

@@ -44,6 +44,17 @@ def test_its_softmax_scale_can_be_the_hosts() -> None:
     assert_same(uniform, expected.expand_as(uniform))
 
 
+def test_values_may_have_half_the_width_of_keys() -> None:
+    layer, inputs = make_projected(), make_inputs()
+    output, _ = layer(**inputs)
+    halves = [
+        layer(**inputs | {"value": torch.cat(part, -1)})[0]
+        for part in zip(*(head.split(2, -1) for head in inputs["value"].split(4, -1)), strict=True)
+    ]
+    expected = [torch.cat(part, -1) for part in zip(*(head.split(2, -1) for head in output.split(4, -1)), strict=True)]
+    assert_same(torch.stack(halves), torch.stack(expected))
+
+
 def test_it_drops_attention_weights_in_training_alone() -> None:
     layer, inputs = make_projected(dropout=0.5), make_inputs()
     before, _ = layer(**inputs)
