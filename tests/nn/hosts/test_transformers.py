@@ -19,6 +19,8 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     DetrConfig,
@@ -69,6 +71,14 @@ HOSTS = {
         hosts.apply_smca_to_detr,
         0.0,
         (("o_proj", "out_proj"), ("mlp.fc", "fc"), ("backbone.model", "backbone.conv_encoder.model")),
+    ),
+    "conditional_detr": Host(
+        ConditionalDetrConfig,
+        ConditionalDetrForObjectDetection,
+        hosts.SmcaConditionalDetrForObjectDetection,
+        hosts.apply_smca_to_conditional_detr,
+        1e-5,
+        (("encoder_attn.o_proj", "encoder_attn.out_proj"), ("mlp.fc", "fc"), ("encoder_attn.v_proj", "ca_v_proj")),
     ),
 }
 
@@ -257,6 +267,21 @@ def test_centers_are_spread_over_the_image_in_pixels(host: Host, device: torch.d
         expected = prior.reference_logits.sigmoid()[:, None, :, None] * sizes / 32
         torch.testing.assert_close(prior.center, expected.expand_as(prior.center))
         assert torch.equal(prior.reference_logits, seen[0].reference_logits)
+
+
+@pytest.mark.parametrize("geometry", ["official", "paper"])
+def test_priors_are_predicted_from_what_their_geometry_says(host: Host, geometry: str, device: torch.device) -> None:
+    model = smca_model(host, device, smca={"geometry": geometry})
+    before, after, features = [], [], []
+    for layer in model.model.decoder.layers:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: before.append(args[0]), with_kwargs=True)
+        layer.self_attn_layer_norm.register_forward_hook(lambda module, args, output: after.append(output))
+        layer.encoder_attn.smca.prior.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    model(images(device))
+    query_pos = model.model.query_position_embeddings.weight
+    assert len(features) == 3
+    for expected, actual in zip(before if geometry == "official" else after, features, strict=True):
+        torch.testing.assert_close(actual, expected + query_pos)
 
 
 def test_autocast_to_bfloat16_changes_little(host: Host, device: torch.device) -> None:
