@@ -3,9 +3,9 @@
     model = SmcaDetrForObjectDetection.from_pretrained("facebook/detr-resnet-50")      or, for a model that is there,
     model = apply_smca_to_detr(model)
 
-Only the decoder's co-attention changes, and DETR's box head, which Conditional DETR has as it should be. Every parameter
-keeps its name: a plain checkpoint loads with the prior alone missing. What a layer needs of an earlier one is an
-argument, not a hook's note, because gradient checkpointing runs the `forward` of a layer again, and nothing else.
+Only the decoder's co-attention changes, and in DETR the box head. Every parameter keeps its name: a plain checkpoint
+loads with the prior alone missing. What a layer needs of an earlier one is an argument, not a hook's note, because
+gradient checkpointing runs the `forward` of a layer again, and nothing else.
 """
 
 from __future__ import annotations

@@ -269,6 +269,21 @@ def test_centers_are_spread_over_the_image_in_pixels(host: Host, device: torch.d
         assert torch.equal(prior.reference_logits, seen[0].reference_logits)
 
 
+def test_boxes_lie_around_the_reference_points_of_the_priors(host: Host, device: torch.device) -> None:
+    model = smca_model(host, device)
+    seen = []
+    next(attentions(model)).prior.register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs = model(images(device))
+    logits = model.bbox_predictor(outputs.last_hidden_state) + nn.functional.pad(seen[0].reference_logits, (0, 2))
+    torch.testing.assert_close(outputs.pred_boxes, logits.sigmoid(), atol=1e-4, rtol=0.0)
+    assert seen[0].reference_logits.std() > 0.1
+
+
+def test_attention_weights_are_dropped_as_often_as_the_hosts(host: Host) -> None:
+    model = host.smca(config_of(host, attention_dropout=0.25))
+    assert [attention.dropout for attention in attentions(model)] == [0.25] * 3
+
+
 @pytest.mark.parametrize("geometry", ["official", "paper"])
 def test_priors_are_predicted_from_what_their_geometry_says(host: Host, geometry: str, device: torch.device) -> None:
     model = smca_model(host, device, smca={"geometry": geometry})
