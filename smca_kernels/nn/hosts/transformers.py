@@ -46,12 +46,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from smca_kernels.inputs import FLOATING_DTYPES
-from smca_kernels.nn.checks import check_strides
+from smca_kernels.nn.hosts.grids import check_options, checked_shape, image_sizes
 from smca_kernels.nn.linear import UnitLinear, XavierLinear
 from smca_kernels.nn.projected import ProjectedCoAttention, boxes_around
-
-# What `config.smca` may say of the prior, besides strides.
-PRIOR_OPTIONS = ("geometry", "modulation", "scale_type", "beta")
 
 
 class Grid(NamedTuple):
@@ -582,12 +579,7 @@ def _why_not(model: Any) -> str:
 def _modulate(detector: Any, classes: _Classes, options: dict[str, Any]) -> None:
     """Add a prior to each decoder layer, and change the classes that hand it on. Nothing is changed if this raises."""
     options = {"strides": (32,), **options}
-    for name in options:
-        if name not in ("strides", *PRIOR_OPTIONS):
-            raise TypeError(f"options of the prior must be among strides, {', '.join(PRIOR_OPTIONS)}, got {name!r}")
-    check_strides(options["strides"])
-    if len(options["strides"]) != 1:
-        raise ValueError(f"strides must have the one stride of the encoder's feature map, got {options['strides']}")
+    check_options(options)
     decoder, config = detector.model.decoder, detector.config
     attentions = []
     for i, layer in enumerate(decoder.layers):
@@ -630,7 +622,7 @@ def _encode(
     mask = pixel_values.new_ones(batch, height, width) if pixel_mask is None else pixel_mask
     feature_map, mask = model.backbone(pixel_values, mask)[-1]
     prior = model.decoder.layers[0].encoder_attn.smca.prior
-    shape = _checked_shape(feature_map, height, width, prior.strides[0])
+    shape = checked_shape(feature_map, height, width, prior.strides[0])
     positions = model.position_embedding(
         shape=feature_map.shape, device=pixel_values.device, dtype=pixel_values.dtype, mask=mask
     )
@@ -645,20 +637,7 @@ def _encode(
     if pixel_mask is None:
         sizes = [feature_map.new_full((batch,), size, dtype=torch.float32) for size in (height, width)]
         return Grid((shape,), torch.stack(sizes, -1), None), positions, encoder_outputs
-    kept = pixel_mask.bool()
-    image_sizes = torch.stack((kept.any(2).sum(1), kept.any(1).sum(1)), -1)
-    return Grid((shape,), image_sizes, ~mask.flatten(1)), positions, encoder_outputs
-
-
-def _checked_shape(feature_map: Tensor, height: int, width: int, stride: float) -> tuple[int, int]:
-    """(height, width) of a feature map [B, C, h, w] of an image; the last cell may be a part of one, or missing."""
-    rows, columns = feature_map.shape[-2:]
-    if not (abs(rows * stride - height) < stride and abs(columns * stride - width) < stride):
-        raise ValueError(
-            f"strides must be the pixels per cell of the backbone, got ({stride},) where an image of "
-            f"{height} × {width} pixels has {rows} × {columns} cells"
-        )
-    return rows, columns
+    return Grid((shape,), image_sizes(pixel_mask), ~mask.flatten(1)), positions, encoder_outputs
 
 
 def _model_outputs(encoder_outputs: Any, decoder_outputs: Any) -> dict[str, Any]:
