@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +95,15 @@ def test_boxes_lie_around_the_reference_point_in_every_layer() -> None:
 
 def test_half_precision_boxes_keep_the_precision_of_the_point() -> None:
     assert boxes_around(torch.randn(2, 3, 4).half(), torch.randn(2, 3, 2)).dtype == torch.float32
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs/hosts.md").read_text("utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Projected" in block)
+    namespace: dict[str, Any] = {}
+    exec(example, namespace)
+    assert namespace["output"].shape == (2, 100, 256)
+    assert namespace["boxes"].shape == (2, 100, 4)
 
 
 @pytest.mark.parametrize(

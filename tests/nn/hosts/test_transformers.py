@@ -6,6 +6,8 @@ With modulation "none" nothing may change; with a prior, everything that the hos
 from __future__ import annotations
 
 import copy
+import re
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -413,6 +415,22 @@ def test_a_host_with_deformable_attention_is_refused_with_the_reason(host: Host)
     )
     with pytest.raises(TypeError, match="DeformableDetrForObjectDetection: deformable attention samples a few points"):
         host.apply(model)
+
+
+def test_labels_of_a_padded_batch_are_made_relative_to_their_images() -> None:
+    page = (Path(__file__).parents[3] / "docs/hosts.md").read_text("utf-8")
+    (loop,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "pixel_mask" in block)
+    mask = torch.ones(2, 100, 200, dtype=torch.long)
+    mask[1, 50:], mask[1, :, 160:] = 0, 0
+    boxes = torch.tensor([[0.4, 0.25, 0.2, 0.1]])
+    batch = {
+        "pixel_values": torch.zeros(2, 3, 100, 200),
+        "pixel_mask": mask,
+        "labels": [{"boxes": boxes.clone()}, {"boxes": boxes.clone()}],
+    }
+    exec(textwrap.dedent(loop), {"torch": torch, "batch": batch})
+    torch.testing.assert_close(batch["labels"][0]["boxes"], boxes)
+    torch.testing.assert_close(batch["labels"][1]["boxes"], torch.tensor([[0.5, 0.5, 0.25, 0.2]]))
 
 
 def test_features_without_their_size_are_refused(host: Host, device: torch.device) -> None:
