@@ -328,6 +328,15 @@ def test_compiled_without_graph_breaks_it_computes_the_same(
         assert_equal_outputs(compiled(pixels), model(pixels), 1e-5)
 
 
+def test_an_exported_program_takes_images_of_other_sizes(host: Host, device: torch.device) -> None:
+    model = smca_model(host, device, decoder_layers=2, encoder_layers=0)
+    sizes = {2: 32 * torch.export.Dim("height", min=2, max=40), 3: 32 * torch.export.Dim("width", min=2, max=40)}
+    program = torch.export.export(model, (images(device),), dynamic_shapes={"pixel_values": sizes}, strict=False)
+    pixels = torch.randn(2, 3, 192, 96, device=device)
+    with torch.no_grad():
+        assert_equal_outputs(program.module()(pixels), model(pixels), 1e-5)
+
+
 def test_hidden_states_are_recorded(host: Host, device: torch.device) -> None:
     model = host.apply(plain_model(host, device))
     outputs = model(images(device), output_hidden_states=True)
