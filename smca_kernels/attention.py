@@ -39,7 +39,7 @@ class BackendChoice:
 def smca_attention(
     query: Tensor,  # [B, H, N, D]
     key: Tensor,  # [B, H, T, D]
-    value: Tensor,  # [B, H, T, D]
+    value: Tensor,  # [B, H, T, D_v]
     center: Tensor,  # [B, H or 1, N, S, 2]
     precision: Tensor,  # [B, H or 1, N, S, 2]
     spatial_shapes: Sequence[Sequence[int]],  # S × (height, width)
@@ -51,7 +51,7 @@ def smca_attention(
     scale: float | None = None,
     mass_tolerance: float | None = None,
     backend: str = "auto",
-) -> Tensor:  # [B, H, N, D]
+) -> Tensor:  # [B, H, N, D_v]
     """Spatially modulated co-attention of object queries to the feature maps of one or more scales.
 
     For every query and scale s: ``P_s = softmax_k(scale · q·k - p_x (x - c_x)² - p_y (y - c_y)²)`` over the cells
@@ -60,7 +60,8 @@ def smca_attention(
     Args:
         query: [B, H, N, D], float32, float16, bfloat16 or float64, D ≤ 128; any strides.
         key: [B, H, T, D], dtype of query; the scales one after the other, row-major inside a scale.
-        value: [B, H, T, D], dtype of query.
+        value: [B, H, T, D_v], dtype of query, D_v ≤ 128. D_v may differ from D, as in Conditional DETR, whose keys are
+            twice as wide: "triton" then fills up the narrower with zeros, which costs memory and time.
         center: [B, H or 1, N, S, 2], (x, y) in cells of each scale's own grid; float32 or dtype of query.
         precision: [B, H or 1, N, S, 2], (p_x, p_y) ≥ 0 per cell²; 0 switches the prior off on that axis.
         spatial_shapes: (height, width) of each of the 1 to 8 scales in cells; T = Σ height · width.
@@ -78,8 +79,8 @@ def smca_attention(
         backend: "auto", "triton", "sdpa" or "reference"; `explain_backend` tells what "auto" chooses.
 
     Returns:
-        [B, H, N, D] in query's dtype (under autocast: in the autocast dtype). A scale without a valid key for an image
-        contributes 0 and no gradient.
+        [B, H, N, D_v] in query's dtype (under autocast: in the autocast dtype). A scale without a valid key for an
+        image contributes 0 and no gradient.
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, dtype, device, shape or range, and for an explicit
@@ -95,7 +96,7 @@ def smca_attention(
         key_padding_mask=key_padding_mask, dropout_p=dropout_p, scale=scale, mass_tolerance=mass_tolerance,
     )  # fmt: skip
     name = _choose(backend, inputs)[0]
-    attention = backends.load(name).attention
+    attention = backends.attention(name)
     if call_hook is not None:
         attention = call_hook(name, attention)
     if dtype is None:

@@ -45,7 +45,7 @@ class AttentionInputs:
 
     query: Tensor  # [B, H, N, D]
     key: Tensor  # [B, H, T, D]
-    value: Tensor  # [B, H, T, D]
+    value: Tensor  # [B, H, T, D_v]; D_v is D but for hosts such as Conditional DETR
     center: Tensor  # [B, H or 1, N, S, 2]
     precision: Tensor  # [B, H or 1, N, S, 2]
     scale_weights: Tensor | None  # [B, H or 1, N, S]
@@ -199,10 +199,12 @@ def _check_shapes(
         raise ValueError(f"query must have at least one head, got {shape_of(query)}")
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"query must have head_dim D from 1 to {MAX_HEAD_DIM}, got {shape_of(query)}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != (B, H, T, D):
-            expected = f"[B={B}, H={H}, T={T}, D={D}] for spatial_shapes {shapes}"
-            raise ValueError(f"{name} must be {expected}, got {shape_of(tensor)}")
+    if key.shape != (B, H, T, D):
+        expected = f"[B={B}, H={H}, T={T}, D={D}] for spatial_shapes {shapes}"
+        raise ValueError(f"key must be {expected}, got {shape_of(key)}")
+    if value.dim() != 4 or value.shape[:3] != (B, H, T) or not 1 <= value.shape[3] <= MAX_HEAD_DIM:
+        expected = f"[B={B}, H={H}, T={T}, D_v from 1 to {MAX_HEAD_DIM}] for spatial_shapes {shapes}"
+        raise ValueError(f"value must be {expected}, got {shape_of(value)}")
     wanted, shared = (B, H, N, S, 2), (B, 1, N, S, 2)
     for name, tensor in (("center", center), ("precision", precision)):
         if tensor.shape != wanted and tensor.shape != shared:

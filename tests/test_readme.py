@@ -79,6 +79,9 @@ def test_oldest_versions_are_the_same_everywhere() -> None:
     workflow = (ROOT / ".github/workflows/cpu.yml").read_text("utf-8")
     assert f'"torch=={torch_version}.*" "triton=={triton}.*"' in workflow
     assert f'python: ["{python}", ' in workflow
+    (transformers,) = re.findall(r'"transformers>=([\d.]+)"', metadata)
+    assert f'"transformers=={transformers}.*"' in workflow
+    assert f"transformers ≥ {transformers} |" in (ROOT / "docs/hosts.md").read_text("utf-8")
 
 
 def test_versions_of_the_constraints_are_in_the_table_of_tested_ones() -> None:

@@ -7,11 +7,13 @@ serve these inputs, or None.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from smca_kernels.backends import reference
 from smca_kernels.backends.sdpa import operator as sdpa
@@ -19,7 +21,7 @@ from smca_kernels.inputs import AttentionInputs
 
 BACKENDS = ("triton", "sdpa", "reference")  # fastest first
 
-Attention: TypeAlias = Callable[[AttentionInputs], Tensor]  # → [B, H, N, D]
+Attention: TypeAlias = Callable[[AttentionInputs], Tensor]  # → [B, H, N, D_v]
 
 
 def load(name: str) -> ModuleType:
@@ -33,6 +35,25 @@ def load(name: str) -> ModuleType:
 
         return operator
     return sdpa if name == "sdpa" else reference
+
+
+def attention(name: str) -> Attention:
+    """The function of a backend, for values of any width."""
+    function: Attention = load(name).attention
+    if name != "triton":
+        return function
+
+    def between_equal_widths(inputs: AttentionInputs) -> Tensor:
+        """The kernels' output, for which the narrower of keys and values is filled up with zeros."""
+        key_dim, value_dim = inputs.key.shape[3], inputs.value.shape[3]
+        if key_dim == value_dim:
+            return function(inputs)
+        wide = max(key_dim, value_dim)
+        query, key = pad(inputs.query, (0, wide - key_dim)), pad(inputs.key, (0, wide - key_dim))
+        value = pad(inputs.value, (0, wide - value_dim))
+        return function(replace(inputs, query=query, key=key, value=value))[..., :value_dim]
+
+    return between_equal_widths
 
 
 def unsupported(name: str, inputs: AttentionInputs) -> str | None:

@@ -47,7 +47,7 @@ def ignored_keys(
 
 
 def zeroed(rows: Tensor, ignored: Tensor | None) -> Tensor:
-    """Keys or values [B, H, T, D] with 0 where they are ignored [B, T]: a weight of 0 times NaN would be NaN."""
+    """Keys or values [B, H, T, …] with 0 where they are ignored [B, T]: a weight of 0 times NaN would be NaN."""
     return rows if ignored is None else rows.masked_fill(ignored[:, None, :, None], 0.0)
 
 
@@ -73,7 +73,7 @@ def scale_probabilities(
 
 
 def attention(inputs: AttentionInputs) -> Tensor:
-    """The output [B, H, N, D] of the backend "reference"."""
+    """The output [B, H, N, D_v] of the backend "reference"."""
     query, value, shapes = inputs.query, inputs.value, inputs.spatial_shapes
     keys, values = inputs.key.split(inputs.keys_per_scale(), dim=2), value.split(inputs.keys_per_scale(), dim=2)
     ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)

@@ -41,13 +41,14 @@ class Case:
     planned: bool = False  # what the prior makes unlikely is left out, however small the case
     quick: bool = False
     large: bool = False  # too large for the interpreter
+    value_dim: int | None = None  # None: as head_dim
 
 
 @dataclass(frozen=True)
 class CaseInputs(AttentionInputs):
     """Inputs that require gradients, with an upstream gradient."""
 
-    grad_output: Tensor  # [B, H, N, D]
+    grad_output: Tensor  # [B, H, N, D_v]
     planned: bool = False  # as in Case
 
     def double(self) -> Self:
@@ -166,11 +167,12 @@ def make_inputs(case: Case, generator: torch.Generator, device: torch.device | s
 
     query = normal(case.batch, case.heads, case.queries, case.head_dim)
     key = normal(case.batch, case.heads, keys, case.head_dim)
-    value = normal(case.batch, case.heads, keys, case.head_dim)
+    value_dim = case.head_dim if case.value_dim is None else case.value_dim
+    value = normal(case.batch, case.heads, keys, value_dim)
     size = torch.tensor([(width, height) for height, width in case.spatial_shapes], dtype=torch.float32)
     center, precision = PRIORS[case.prior](prior_shape, size, generator)
     scale_weights = normal(*prior_shape[:-1])
-    grad_output = normal(*query.shape)
+    grad_output = normal(case.batch, case.heads, case.queries, value_dim)
     valid_shapes, key_padding_mask = _make_masks(case, generator)
     return CaseInputs(
         query=place(query, dtype).detach().requires_grad_(),

@@ -89,7 +89,7 @@ class GradientAccumulator:
         ]
         self.grad_q = torch.zeros_like(q)  # [B · H, N, D], of the scaled queries
         self.grad_k = torch.zeros_like(self.k)  # [B · H, T, D]
-        self.grad_v = torch.zeros_like(self.v)  # [B · H, T, D]
+        self.grad_v = torch.zeros_like(self.v)  # [B · H, T, D_v]
         self.grad_weights = q.new_empty(0) if self.weights is None else torch.empty_like(self.weights)
 
     def add(

@@ -32,16 +32,16 @@ CPU_BLOCK = 2**19  # scores of a block, per thread
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
-    """The output [B, H, N, D] without dropout, in query's dtype."""
+    """The output [B, H, N, D_v] without dropout, in query's dtype."""
     query, scale_weights = inputs.query, inputs.scale_weights
     batch, heads, queries, head_dim = query.shape
-    keys = inputs.key.shape[2]
+    _, _, keys, value_dim = inputs.value.shape
     if batch * heads * queries * keys <= MAX_DENSE_SCORES:
         out = combine_scales(dense_outputs(inputs), scale_weights)
         return out if out.dtype == query.dtype else out.to(query.dtype)
     dtype = sdpa_dtype(query, inputs.spatial_shapes)
-    out = torch.empty_like(query)
-    step = heads_at_once(batch, heads, queries, keys * 2 * head_dim, query.device)
+    out = torch.empty_like(query) if value_dim == head_dim else query.new_empty(batch, heads, queries, value_dim)
+    step = heads_at_once(batch, heads, queries, keys * (head_dim + value_dim), query.device)
     for first in range(0, heads, step):
         group = slice(first, first + step)
         tensors = inputs.differentiable()
@@ -83,7 +83,7 @@ def combine_scales(outputs: list[Tensor], scale_weights: Tensor | None) -> Tenso
 
 
 def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
-    """O_s of each scale [B, H, N, D] with logG as SDPA's mask, for a few scores."""
+    """O_s of each scale [B, H, N, D_v] with logG as SDPA's mask, for a few scores."""
     query, shapes = inputs.query, inputs.spatial_shapes
     ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
     key, value = keys_and_values(inputs, ignored)
@@ -107,7 +107,7 @@ def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
 
 
 def keys_and_values(inputs: AttentionInputs, ignored: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, D] with 0 in those that are ignored, so that nothing that stood there can matter."""
+    """Keys and values [B, H, T, …] with 0 in those that are ignored, so that nothing that stood there can matter."""
     masks = [mask for mask in ignored if mask is not None]
     if not masks:
         return inputs.key, inputs.value
@@ -163,9 +163,10 @@ def is_traced(tensor: Tensor) -> bool:
 
 
 def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:
-    """O_s of each scale [B, H, N, D] by widened queries and keys, computed in `dtype`, with the inputs' dropout."""
+    """O_s of each scale [B, H, N, D_v] by widened queries and keys, computed in `dtype`, with the inputs' dropout."""
     query, shapes = inputs.query, inputs.spatial_shapes
     batch, heads, queries, head_dim = query.shape
+    value_dim = inputs.value.shape[3]
     build = key_features.__wrapped__ if is_traced(query) else key_features
     table = build(shapes, dtype, query.device)
     features, lowest, highest = table.columns.expand(batch, heads, -1, -1), table.lowest, table.highest
@@ -179,20 +180,26 @@ def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]
     coefficients = coefficients.expand(-1, heads, -1, -1, -1)
     k, v = keys_and_values(inputs, ignored)
     q, k, v = query.to(dtype) * inputs.scale, k.to(dtype), v.to(dtype)
-    if head_dim % 8:  # fused kernels on a GPU want multiples of 8
-        q, k, v = (pad(tensor, (0, -head_dim % 8)) for tensor in (q, k, v))
+    missing = max(value_dim - head_dim, 0)  # in keys, whose columns have to hold the values
+    if (head_dim + missing) % 8:  # fused kernels on a GPU want multiples of 8
+        missing += -(head_dim + missing) % 8
+    if missing:
+        q, k = pad(q, (0, missing)), pad(k, (0, missing))
+    if value_dim % 8:
+        v = pad(v, (0, -value_dim % 8))
     q = torch.cat([coefficients, q.unsqueeze(3).expand(-1, -1, -1, len(shapes), -1)], -1)
     # Products with fewer rows than 8 are summed in an order in which the terms are not exact.
     q = pad(q, (0, 0, 0, 0, 0, -queries % 8))
     # Fused kernels want keys and values of equal width: the values' surplus columns are whatever stands before them.
     features_keys_values = torch.cat([features, k, v], -1)
     k = features_keys_values.narrow(3, 0, q.shape[-1])
-    v = features_keys_values.narrow(3, k.shape[-1] - table.columns.shape[1], q.shape[-1])
+    surplus = q.shape[-1] - v.shape[-1]
+    v = features_keys_values.narrow(3, k.shape[-1] - surplus, q.shape[-1])
     outputs, start = [], 0
     for s, keys in enumerate(inputs.keys_per_scale()):
         k_s, v_s = k.narrow(2, start, keys), v.narrow(2, start, keys)
         output = scaled_dot_product_attention(q.select(3, s), k_s, v_s, dropout_p=inputs.dropout_p, scale=1.0)
-        output = output[:, :, :queries, table.columns.shape[1] :][..., :head_dim]
+        output = output[:, :, :queries, surplus:][..., :value_dim]
         outputs.append(_zero_where(masks[s].all(1), output) if masks else output)
         start += keys
     return outputs

@@ -20,7 +20,7 @@ from smca_kernels.inputs import DIFFERENTIABLE, SCHEMA, AttentionInputs
 
 
 def attention(inputs: AttentionInputs) -> Tensor:
-    """The output [B, H, N, D] of the backend "sdpa"."""
+    """The output [B, H, N, D_v] of the backend "sdpa"."""
     query = inputs.query
     if inputs.dropout_p > 0.0:
         # Only SDPA knows what it dropped, so its own backward has to follow, in float32 for the columns' sake.
@@ -58,8 +58,8 @@ def _backward_operator(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 @_forward_operator.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
 
 
 @_backward_operator.register_fake
