@@ -95,7 +95,17 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "center of half precision": (
         {"center": tensor(2, 4, 5, 3, 2).half()},
         TypeError,
-        "center must be torch.float32 or torch.float32 as query, got torch.float16",
+        "center must be torch.float32 as query, got torch.float16",
+    ),
+    "center of another half precision": (
+        {
+            "query": tensor(2, 4, 5, 16).half(),
+            "key": tensor(2, 4, 17, 16).half(),
+            "value": tensor(2, 4, 17, 16).half(),
+            "center": tensor(2, 4, 5, 3, 2).bfloat16(),
+        },
+        TypeError,
+        "center must be torch.float32 or torch.float16 as query, got torch.bfloat16",
     ),
     "center of other heads": (
         {"center": tensor(2, 2, 5, 3, 2)},
