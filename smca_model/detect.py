@@ -55,8 +55,7 @@ def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> 
 def _inputs(model: SMCA, images: Sequence[Tensor]) -> list[Tensor]:
     from .data.images import normalize, resize
 
-    device = next(model.parameters()).device
-    return [normalize(resize(image, *model.image_size)).to(device) for image in images]
+    return [normalize(resize(image, *model.image_size)).to(model.device) for image in images]
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_detector import MULTI, SINGLE, tiny_detector
+from tiny_detector import MULTI, SINGLE, tiny_detector, without_parameters
 
 from smca_kernels.testing.budget import assert_within_budget
 from smca_model import PRESETS, SMCA, build, build_criterion, postprocess
@@ -32,6 +32,16 @@ def test_outputs_have_the_documented_shapes_for_every_decoder_layer(preset):
         assert layer["pred_boxes"].shape == (2, 7, 4)
         assert (layer["pred_boxes"] >= 0).all()
         assert (layer["pred_boxes"] <= 1).all()
+
+
+def test_the_device_is_that_of_the_parameters_else_of_the_buffers_else_the_cpu():
+    model = tiny_detector().to("meta")
+
+    assert model.device == torch.device("meta")
+    assert without_parameters(model).device == torch.device("meta")
+    for module in model.modules():
+        module._buffers.clear()
+    assert model.device == torch.device("cpu")
 
 
 @both
