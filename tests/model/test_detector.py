@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import TRITON
 from tiny_detector import MULTI, SINGLE, tiny_detector, without_parameters
 
 from smca_kernels.testing.budget import assert_within_budget
@@ -113,7 +114,7 @@ def test_the_backend_is_an_attribute_that_may_change():
         model([torch.randn(3, 40, 56)])
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", TRITON])
 @both
 def test_another_backend_changes_the_outputs_within_the_error_budget(preset, backend, device):
     model = tiny_detector(preset).to(device)
@@ -145,7 +146,7 @@ def loss_curve(model, features, targets, steps=20):
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", TRITON])
 def test_training_with_another_backend_follows_the_same_loss_curve(backend, device):
     # One head and one layer: Triton's interpreter takes its time.
     model = tiny_detector(num_heads=1, decoder_layers=1, dropout=0.0).to(device)

@@ -33,6 +33,8 @@ def test_an_exported_detector_serves_other_sizes_and_batches(preset):
         2: Dim("height", min=smallest, max=2000),
         3: Dim("width", min=smallest, max=2000),
     }
+    if torch.__version__ < (2, 11):  # these can't prove that no size in a range is an exception
+        dynamic = dict.fromkeys(dynamic, Dim.AUTO)
 
     program = torch.export.export(OfOneSize(model), (torch.randn(2, 3, 90, 110),), dynamic_shapes=(dynamic,)).module()
 
