@@ -136,8 +136,8 @@ def _git(*arguments: str) -> str:
     """Output of a git command in the source tree; "" without git or a repository."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return ""
 
 

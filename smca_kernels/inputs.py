@@ -176,8 +176,9 @@ def _check_kinds(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{DIFFERENTIABLE[i + 1]} must be a tensor, got {kind_of(tensor)}")
         if tensor.dtype != dtype and (i < 2 or tensor.dtype != torch.float32):
-            expected = f"{dtype} as query" if i < 2 else f"torch.float32 or {dtype} as query"
-            raise TypeError(f"{DIFFERENTIABLE[i + 1]} must be {expected}, got {tensor.dtype}")
+            allowed = dict.fromkeys([dtype] if i < 2 else [torch.float32, dtype])  # each once
+            expected = " or ".join(map(str, allowed))
+            raise TypeError(f"{DIFFERENTIABLE[i + 1]} must be {expected} as query, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{DIFFERENTIABLE[i + 1]} must be on {device} as query, got {tensor.device}")
 

@@ -2,7 +2,7 @@
 
 In the paper's order: backbone.py, position_encoding.py, encoder.py, decoder.py, detector.py; config.py says what is
 built, presets.py names every model of the paper, weights.py loads and saves. It is trained by data/ and training/;
-train.py, evaluate.py and detect.py are commands. The names below are imported when first used.
+train.py, evaluate.py, detect.py and export.py are commands. The names below are imported when first used.
 """
 
 from importlib import import_module

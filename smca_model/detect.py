@@ -16,25 +16,28 @@ from typing import TYPE_CHECKING, Any
 from smca_kernels.files import replacing, write_text
 from smca_kernels.tools.arguments import check_packages
 
-from .evaluate import add_model_arguments, load_model
+from .evaluate import add_model_arguments, check_model_arguments, chosen_image_size, load_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from smca_kernels.nn import SpatialPriorOutput
 
     from .detector import SMCA
+    from .onnx_detector import OnnxDetector
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHORT_SIDE_OF_PICTURES = 640  # smaller images are enlarged, for the names to be legible
 LONG_SIDE_OF_PICTURES = 4096  # and no further than to this
 
 
-def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
+def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
     """Objects in images of any sizes, all in one batch.
 
     Args:
-        model: in evaluation mode; images are moved to its device, and resized as its `image_size` says.
+        model: in evaluation mode, or one that `smca export` wrote; images are moved to its device, and resized as its
+            `image_size` says.
         images: uint8 [3, height, width] each, RGB, as `data.images.load_image` gives them.
         threshold: least score.
 
@@ -52,11 +55,10 @@ def detect(model: SMCA, images: Sequence[Tensor], *, threshold: float = 0.5) -> 
     return [{n: t[each["scores"] >= threshold].cpu() for n, t in each.items()} for each in found]
 
 
-def _inputs(model: SMCA, images: Sequence[Tensor]) -> list[Tensor]:
+def _inputs(model: SMCA | OnnxDetector, images: Sequence[Tensor]) -> list[Tensor]:
     from .data.images import normalize, resize
 
-    device = next(model.parameters()).device
-    return [normalize(resize(image, *model.image_size)).to(device) for image in images]
+    return [normalize(resize(image, *model.image_size)).to(model.device) for image in images]
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -261,6 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     add_model_arguments(parser)
+    add("--runtime", choices=("torch", "onnx"), default="torch", help="onnx: --weights is what `smca export` wrote")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="default: %(default)s")
     add("--threshold", type=float, default=0.5, metavar="SCORE", help="least score shown; default: %(default)s")
     add("--attention", action="store_true", help="draw prior and co-attention of queries, per head and scale")
@@ -281,12 +284,18 @@ def run(args: argparse.Namespace) -> int:
 
     from .data.images import load_image
 
-    model, device = load_model(args)
-    queries, layers = model.config.num_queries, model.config.decoder_layers
-    if not -layers <= args.layer < layers:
-        raise ValueError(f"--layer must be in -{layers} … {layers - 1}, got {args.layer}")
-    if not all(0 <= query < queries for query in args.queries or ()):
-        raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
+    model: SMCA | OnnxDetector
+    shown: SMCA | None = None  # whose attention is drawn
+    if args.runtime == "onnx":
+        model, device = _load_onnx(args)
+    else:
+        model, device = load_model(args)
+        queries, layers = model.config.num_queries, model.config.decoder_layers
+        if not -layers <= args.layer < layers:
+            raise ValueError(f"--layer must be in -{layers} … {layers - 1}, got {args.layer}")
+        if not all(0 <= query < queries for query in args.queries or ()):
+            raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
+        shown = model if args.attention else None
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -310,12 +319,12 @@ def run(args: argparse.Namespace) -> int:
             report.append({"image": str(file), "width": width, "height": height, "detections": records})
             with _noting(left_out):
                 write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
-            if args.attention:
-                (resized,) = _inputs(model, [image])
-                chosen = args.queries or best_queries(model, resized, 3)
+            if shown is not None:
+                (resized,) = _inputs(shown, [image])
+                chosen = args.queries or best_queries(shown, resized, 3)
                 path = args.out / f"{file.stem}_attention.png"
                 with _noting(left_out):
-                    draw_attention(model, resized, path, queries=chosen, layer=args.layer)
+                    draw_attention(shown, resized, path, queries=chosen, layer=args.layer)
     if not report:
         raise ValueError("\n".join(left_out))
     write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
@@ -330,6 +339,20 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join([f"smca detect: {len(left_out)} left out:", *left_out]), file=sys.stderr)
         return 1
     return 0
+
+
+def _load_onnx(args: argparse.Namespace) -> tuple[OnnxDetector, torch.device]:
+    check_model_arguments(args)
+    if args.attention:
+        raise ValueError("--attention must go with --runtime torch: an exported detector gives boxes and scores alone")
+    if args.device not in (None, "cpu"):
+        raise ValueError(f"--device must be cpu with --runtime onnx, got {args.device}")
+    check_packages(("onnxruntime",), "export")
+    from .onnx_detector import OnnxDetector
+
+    model = OnnxDetector(args.weights)
+    model.image_size = chosen_image_size(args, model.image_size)
+    return model, model.device
 
 
 @contextmanager

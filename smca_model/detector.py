@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -106,6 +107,15 @@ class SMCA(nn.Module):
             nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), _LastOfBoxHead(dim, 4)
         )
         self._fill_matrices()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is: the device of its first parameter or, quantised layers having none, of its first buffer.
+
+        The CPU where there is neither: packed weights of torch's own quantisation are no tensors.
+        """
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     def reset_parameters(self) -> None:
         """Begin anew: every parameter, those of a pretrained backbone too, as in a new model without one.

@@ -174,20 +174,33 @@ def load_model(args: argparse.Namespace) -> tuple[SMCA, torch.device]:
     """
     from . import weights
 
+    check_model_arguments(args)
+    device = choose_device(args.device)
+    model = weights.load(args.weights)
+    model.image_size = chosen_image_size(args, model.image_size)
+    return model.to(device), device
+
+
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option of `add_model_arguments` that is out of range."""
     for option in ("size", "max_size", "batch_size"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-    device = choose_device(args.device)
-    model = weights.load(args.weights)
+
+
+def chosen_image_size(args: argparse.Namespace, saved: tuple[int, int]) -> tuple[int, int]:
+    """What `add_model_arguments` gave of the `image_size`, and for the rest that of the detector's file.
+
+    Raises:
+        ValueError: for a short side that is not below the longest.
+    """
     size, max_size = (
-        saved if given is None else given
-        for given, saved in zip((args.size, args.max_size), model.image_size, strict=True)
+        of_file if given is None else given for given, of_file in zip((args.size, args.max_size), saved, strict=True)
     )
     if size >= max_size:
         raise ValueError(f"--size must be below --max-size, got {size} and {max_size}")
-    model.image_size = (size, max_size)
-    return model.to(device), device
+    return size, max_size
 
 
 def run(args: argparse.Namespace) -> int:

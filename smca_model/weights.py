@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smca_kernels.files import replacing
@@ -302,7 +302,11 @@ def start(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> 
     """
     name = os.fspath(path)
     _check_classes(classes, model.config)
-    if _is_safetensors(path):
+    try:
+        saved_by_us = _is_safetensors(path)
+    except OSError as error:
+        raise ValueError(f"path must be a file of weights, got {name}: {error.strerror}") from error
+    if saved_by_us:
         source, kind = load(path), "smca_model"
     else:
         state = _official_state(path)
@@ -339,11 +343,8 @@ def start(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> 
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(9)
-    except OSError as error:
-        raise ValueError(f"path must be a file of weights, got {os.fspath(path)}: {error.strerror}") from error
+    with open(path, "rb") as file:
+        begin = file.read(9)
     return len(begin) == 9 and begin[8:] == b"{"  # after its length, eight bytes, the header is JSON
 
 
@@ -388,7 +389,11 @@ def _official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> M
         try:
             # DETR's training script stores its arguments beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = (
+                    load_file(path)  # torch.load reads these too, but not that of torch 2.8
+                    if _is_safetensors(path)
+                    else torch.load(path, map_location="cpu", weights_only=True)
+                )
         except Exception as error:  # torch.load raises whatever unpickling a wrong file comes upon
             reason = str(error).split(". ")[0]  # what follows advises to load without weights_only
             raise ValueError(f"checkpoint must be a file that torch.save wrote, got {path}: {reason}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from smca_kernels import SpatialPrior, attention_map, backends, explain_backend, smca_attention
 from smca_kernels import attention as attention_module
-from smca_kernels import attention_map, backends, explain_backend, smca_attention
 from smca_kernels.backends import reference
 from smca_kernels.backends.sdpa import operator as sdpa
 from smca_kernels.inputs import AttentionInputs
@@ -95,7 +97,17 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "center of half precision": (
         {"center": tensor(2, 4, 5, 3, 2).half()},
         TypeError,
-        "center must be torch.float32 or torch.float32 as query, got torch.float16",
+        "center must be torch.float32 as query, got torch.float16",
+    ),
+    "center of another half precision": (
+        {
+            "query": tensor(2, 4, 5, 16).half(),
+            "key": tensor(2, 4, 17, 16).half(),
+            "value": tensor(2, 4, 17, 16).half(),
+            "center": tensor(2, 4, 5, 3, 2).bfloat16(),
+        },
+        TypeError,
+        "center must be torch.float32 or torch.float16 as query, got torch.bfloat16",
     ),
     "center of other heads": (
         {"center": tensor(2, 2, 5, 3, 2)},
@@ -394,6 +406,19 @@ def test_an_explicit_backend_that_cannot_serve_raises_its_reason(
     for function in (smca_attention, explain_backend):
         with pytest.raises(ValueError, match="backend='triton' can't serve this call: it is Sunday"):
             function(**arguments, backend="triton")
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "2.3.1+git"])
+def test_an_older_triton_than_the_kernels_are_tested_with_is_the_reason(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    triton = SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    reason = f"needs Triton 3.6 or newer, found {re.escape(version)}"
+    with pytest.raises(ValueError, match=reason):
+        smca_attention(**arguments, backend="triton")
+    with pytest.raises(ValueError, match=reason):
+        SpatialPrior(32, 2, (16,))(torch.randn(1, 3, 32), [(2, 2)], backend="triton")
 
 
 def test_without_triton_the_import_error_is_the_reason(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from smca_kernels.backends import MIN_TRITON
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -71,13 +73,18 @@ def test_files_that_a_page_links_to_exist(page: str) -> None:
 def test_oldest_versions_are_the_same_everywhere() -> None:
     metadata = (ROOT / "pyproject.toml").read_text("utf-8")
     (python,) = re.findall(r'^requires-python = ">=(.+)"$', metadata, re.MULTILINE)
-    (torch_version,), (triton,) = (re.findall(rf"""["']{name}>=([\d.]+)""", metadata) for name in ("torch", "triton"))
+    (portable, kernels), (triton,) = (
+        re.findall(rf"""["']{name}>=([\d.]+)""", metadata) for name in ("torch", "triton")
+    )
+    assert tuple(map(int, triton.split("."))) == MIN_TRITON
     assert f"Python ≥ {python}" in README
     assert f"/python-%E2%89%A5%20{python}-" in README
-    assert f"torch ≥ {torch_version} and, on Linux, Triton ≥ {triton}" in README
-    assert f"/torch-%E2%89%A5%20{torch_version}-" in README
+    assert f"the operator and the layer: torch ≥ {portable}\n" in README
+    assert f"torch ≥ {kernels} and Triton ≥ {triton}" in README
+    assert f"/torch-%E2%89%A5%20{portable}-" in README
     workflow = (ROOT / ".github/workflows/cpu.yml").read_text("utf-8")
-    assert f'"torch=={torch_version}.*" "triton=={triton}.*"' in workflow
+    assert f'"torch=={kernels}.*" "triton=={triton}.*"' in workflow
+    assert f'".[model,export,demo,test]" "torch=={portable}.*"\n' in workflow
     assert f'python: ["{python}", ' in workflow
     (transformers,) = re.findall(r'"transformers>=([\d.]+)"', metadata)
     assert f'"transformers=={transformers}.*"' in workflow

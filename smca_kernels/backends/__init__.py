@@ -20,21 +20,35 @@ from smca_kernels.backends.sdpa import operator as sdpa
 from smca_kernels.inputs import AttentionInputs
 
 BACKENDS = ("triton", "sdpa", "reference")  # fastest first
+MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
 
 Attention: TypeAlias = Callable[[AttentionInputs], Tensor]  # → [B, H, N, D_v]
 
 
 def load(name: str) -> ModuleType:
-    """The module of a backend. Triton is imported here and nowhere else, when it is first wanted.
+    """The module of a backend. Triton is imported when it is first wanted.
 
     Raises:
-        ImportError: where Triton can't be imported.
+        ImportError: as `check_triton`.
     """
     if name == "triton":
+        check_triton()
         from smca_kernels.backends.triton import operator
 
         return operator
     return sdpa if name == "sdpa" else reference
+
+
+def check_triton() -> None:
+    """Check that Triton is there and new enough; to be called before anything is imported from backends/triton/.
+
+    Raises:
+        ImportError: where Triton can't be imported, or is older than `MIN_TRITON`.
+    """
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+        raise ImportError(f"needs Triton {'.'.join(map(str, MIN_TRITON))} or newer, found {triton.__version__}")
 
 
 def attention(name: str) -> Attention:

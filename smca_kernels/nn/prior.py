@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smca_kernels.autocast import autocast_off
-from smca_kernels.backends import BACKENDS, reaches_tensor_cores
+from smca_kernels.backends import BACKENDS, check_triton, reaches_tensor_cores
 from smca_kernels.inputs import SpatialShapes, ValidShapes, check_spatial_shapes, check_valid_shapes
 from smca_kernels.nn.checks import (
     check_choice,
@@ -333,6 +333,7 @@ def _fused_prior(backend: str, raw: Sequence[Tensor], image_sizes: Tensor | None
     if backend == "auto" and not (device.type == "cuda" and reaches_tensor_cores(device)):
         return None
     try:
+        check_triton()
         from smca_kernels.backends.triton import prior  # Triton is imported only where it is wanted
     except ImportError as error:
         reason: str | None = f"it can't be imported here ({error})"

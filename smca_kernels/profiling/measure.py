@@ -95,7 +95,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+        events = [e for e in json.loads(trace.read_text("utf-8"))["traceEvents"] if e["name"] == "[memory]"]
     events.sort(key=lambda event: event["ts"])
     held = itertools.accumulate(event["args"]["Bytes"] for event in events)
     return max(held, default=0)

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("smca_model.train", "train a detector on data in COCO's format"),
     "eval": ("smca_model.evaluate", "COCO's average precision of trained weights"),
     "detect": ("smca_model.detect", "boxes in images, drawn, with the attention behind them"),
+    "export": ("smca_model.export", "a detector as a file that runs without this library: ONNX, torch.export"),
     "presets": ("smca_model.presets", "the models of the paper: parameters and GFLOPs"),
     "data": ("smca_model.data.digits", "make a small data set of real digits"),
     "parity": ("smca_kernels.tools.parity.command", "check every backend here against PyTorch in float64"),

@@ -73,9 +73,9 @@ def nvidia_driver() -> str:
     if program is not None:
         command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            answer = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True)
             return answer.stdout.split("\n")[0].strip()
-        except (subprocess.SubprocessError, OSError):
+        except (subprocess.SubprocessError, OSError, UnicodeDecodeError):
             pass
     # Containers often come without the program.
     found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", _text("/proc/driver/nvidia/version"))

@@ -102,7 +102,8 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
     threads = torch.get_num_threads()
     steps = Steps(total=5 if compare else 3)
     with tempfile.TemporaryDirectory(dir=out, prefix=".detector.") as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary, "detector")  # as the umask says, which the folder around it is not
+        folder.mkdir()
         data = folder / "data"
         steps.start(f"{TRAIN_SCENES} + {VAL_SCENES} scenes: real digits, synthetic placement")
         digits.make_digits(data, train=TRAIN_SCENES, val=VAL_SCENES, size=SIZE, seed=seed)
@@ -131,9 +132,7 @@ def run_detector(out: Path, *, compare: bool, seed: int) -> None:
         final = out / "detector"
         if final.exists():
             shutil.rmtree(final)
-        folder.chmod(0o755)
         folder.rename(final)
-        folder.mkdir()  # for TemporaryDirectory to remove
     torch.set_num_threads(threads)
     for preset, evaluations in curves.items():
         last = evaluations[-1]

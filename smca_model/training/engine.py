@@ -77,7 +77,7 @@ class Trainer:
 
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.criterion = build_criterion(model.config.num_classes)
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         backbone = [p for n, p in trained if n.startswith("backbone.")]

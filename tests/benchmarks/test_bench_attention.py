@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_bench_reports_every_measure_of_every_peer_and_survives_json(
         *(("overhead", step, peer) for step in (FORWARD, BOTH) for peer in ("torch SDPA", "sdpa")),
         *(("saved", FORWARD, peer) for peer in same | {"inputs", "inputs + outputs of each scale"}),
         *(("peak", BOTH, peer) for peer in same),
-        *(("computed", FORWARD, peer) for peer in ("triton", "triton-all")),
+        *(("computed", FORWARD, peer) for peer in (("triton", "triton-all") if find_spec("triton") else ())),
     }
     assert all(row["value"] > 0 for row in found["rows"] if row["measure"] != "peak")
     assert (tmp_path / "bench.md").read_text() in capsys.readouterr().out

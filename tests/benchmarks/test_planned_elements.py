@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from devices import needs_triton
 from smca_benchmarks.planned_elements import planned_rows
 from smca_benchmarks.workloads import DTYPES, WORKLOADS
 
 
+@needs_triton
 def test_elements_are_counted_that_a_plan_leaves_to_compute() -> None:
     # Narrow priors at σ/W = 0.02 with 300 queries: at most 1/1.8 of all; without a prior, all.
     workloads = [WORKLOADS[f"pyramid-b2-{prior}"] for prior in ("narrow", "off")]

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("triton")
+
 from smca_benchmarks import predict
 from smca_benchmarks.workloads import BOTH, FORWARD, WORKLOADS, Workload
 
@@ -115,6 +118,12 @@ def test_command_writes_a_table_that_says_predicted_in_its_title(
     assert all(name in text for name in ("V100", "A100", "H100"))
     rows = [line for line in text.split("\n") if line.startswith(tuple(f"| {name} " for name in WORKLOADS))]
     assert len(rows) == 2 * len(WORKLOADS)
+
+
+def test_without_triton_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs triton: pip install 'smca_kernels\[triton\]'"):
+        predict.run(argparse.Namespace())
 
 
 def test_file_that_is_no_cost_report_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("triton")
+
 from smca_benchmarks import predict, schedule
 from smca_benchmarks.workloads import Workload
 

@@ -1,10 +1,16 @@
-"""A small set of digits that the tests of training share; this folder's helpers can be imported from its subfolders."""
+"""A small set of digits and an exported detector, which tests share.
+
+This folder's helpers can be imported from its subfolders.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+
+CLASSES = ("one", "two", "three", "four", "fünf")
 
 
 @pytest.fixture(scope="session")
@@ -15,4 +21,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("digits") / "data"
     make_digits(folder, train=8, val=2, size=48, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a detector of random weights, model.safetensors, and what `smca export` makes of it, model.onnx."""
+    for package in ("onnx", "onnxruntime", "onnxscript", "safetensors", "torchvision"):
+        pytest.importorskip(package)
+    from tiny_detector import tiny_detector
+
+    from smca_kernels.tools import cli
+    from smca_model import weights
+
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    model = tiny_detector()
+    model.image_size = (48, 96)
+    weights.save(model, folder / "model.safetensors", CLASSES)
+    assert cli.main(["export", str(folder / "model.safetensors"), "--format", "onnx"]) == 0
     return folder

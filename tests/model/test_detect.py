@@ -13,6 +13,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("torchvision")
 
 from PIL import Image
+from tiny_detector import without_parameters
 
 from smca_kernels.tools import cli
 from smca_model import SMCA, build, detect, weights
@@ -55,6 +56,15 @@ def test_boxes_are_in_pixels_of_the_image_as_given() -> None:
         centers = (found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2
         assert (centers >= 0).all()
         assert (centers <= torch.tensor([width, height])).all()
+
+
+def test_a_model_of_buffers_alone_detects_the_same() -> None:
+    model = small_detector()
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    (expected,) = detect.detect(model, [image], threshold=0.0)
+    (found,) = detect.detect(without_parameters(model), [image], threshold=0.0)
+    assert not list(model.parameters())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_nothing_below_the_threshold_is_found() -> None:

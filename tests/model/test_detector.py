@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_detector import MULTI, SINGLE, tiny_detector
+from devices import TRITON
+from tiny_detector import MULTI, SINGLE, tiny_detector, without_parameters
 
 from smca_kernels.testing.budget import assert_within_budget
 from smca_model import PRESETS, SMCA, build, build_criterion, postprocess
@@ -32,6 +33,16 @@ def test_outputs_have_the_documented_shapes_for_every_decoder_layer(preset):
         assert layer["pred_boxes"].shape == (2, 7, 4)
         assert (layer["pred_boxes"] >= 0).all()
         assert (layer["pred_boxes"] <= 1).all()
+
+
+def test_the_device_is_that_of_the_parameters_else_of_the_buffers_else_the_cpu():
+    model = tiny_detector().to("meta")
+
+    assert model.device == torch.device("meta")
+    assert without_parameters(model).device == torch.device("meta")
+    for module in model.modules():
+        module._buffers.clear()
+    assert model.device == torch.device("cpu")
 
 
 @both
@@ -103,7 +114,7 @@ def test_the_backend_is_an_attribute_that_may_change():
         model([torch.randn(3, 40, 56)])
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", TRITON])
 @both
 def test_another_backend_changes_the_outputs_within_the_error_budget(preset, backend, device):
     model = tiny_detector(preset).to(device)
@@ -135,7 +146,7 @@ def loss_curve(model, features, targets, steps=20):
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", TRITON])
 def test_training_with_another_backend_follows_the_same_loss_curve(backend, device):
     # One head and one layer: Triton's interpreter takes its time.
     model = tiny_detector(num_heads=1, decoder_layers=1, dropout=0.0).to(device)

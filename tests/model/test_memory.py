@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import needs_triton
 
 from smca_kernels.profiling import measure as profiling
 from smca_model import memory
 from smca_model.decoder import DecoderLayer
 
 
-@pytest.mark.parametrize(("backend", "device", "dropout"), [("triton", "cuda", 0.1), ("sdpa", "cpu", 0.0)])
+@pytest.mark.parametrize(
+    ("backend", "device", "dropout"),
+    [pytest.param("triton", "cuda", 0.1, marks=needs_triton), ("sdpa", "cpu", 0.0)],
+)
 def test_the_co_attention_and_its_projections_save_less_than_40_mib(backend, device, dropout):
     co_attention, layer = memory.saved_bytes(backend, device, dropout)
 
     assert co_attention < 40 * 2**20 < layer
 
 
+@needs_triton
 def test_naive_attention_saves_several_times_as_much():
     naive, _ = memory.saved_bytes("reference", "cuda", 0.1)
     fused, _ = memory.saved_bytes("triton", "cuda", 0.1)
@@ -41,6 +46,7 @@ def test_the_count_without_storage_is_that_of_a_real_run():
     assert memory.saved_bytes("sdpa", "cpu", 0.0)[0] == real
 
 
+@needs_triton
 def test_the_command_prints_a_row_for_each_backend_and_dropout(capsys):
     memory.main()
 

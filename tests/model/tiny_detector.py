@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from smca_model import SMCA, build
 
@@ -18,4 +19,13 @@ def tiny_detector(preset: str = SINGLE, **overrides: Any) -> SMCA:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def without_parameters(model: nn.Module) -> nn.Module:
+    """The same model with buffers in place of its parameters, as quantised layers keep their weights."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
     return model

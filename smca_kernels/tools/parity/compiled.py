@@ -71,7 +71,7 @@ def run_compiled(
         ValueError: Triton is not installed, so that there is nothing to execute.
     """
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("--compiled needs triton, which compiles the kernels: pip install triton")
+        raise ValueError("--compiled needs triton, which compiles the kernels: pip install 'smca_kernels[triton]'")
     cases = compiled_cases(arch, quick, dtypes)
     rows = []
     with compiling_processes(min(os.cpu_count() or 1, MAX_JOBS, len(cases))) as pool:

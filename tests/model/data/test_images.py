@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ EIGHT_BITS = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr",
 
 @pytest.mark.parametrize("mode", EIGHT_BITS)
 def test_images_of_8_bits_are_read_as_rgb(tmp_path: Path, mode: str) -> None:
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 can't read the YCbCr that it writes itself")
     path = tmp_path / "image.tif"
     white = Image.new("RGB", (5, 4), (255, 255, 255))
     image = Image.new("LAB", (5, 4), (255, 128, 128)) if mode == "LAB" else white.convert(mode.replace("PA", "P"))

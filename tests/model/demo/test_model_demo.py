@@ -27,7 +27,9 @@ for package in (
 from smca_kernels.tools import cli  # noqa: E402
 from smca_model.demo import learning, photographs  # noqa: E402
 from smca_model.presets import build  # noqa: E402
+from smca_model.training import loop  # noqa: E402
 from smca_model.training.engine import Trainer  # noqa: E402
+from smca_model.training.settings import Settings  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,31 @@ def test_compare_trains_both_and_leaves_weights_curves_and_pictures(
     assert "smca-tiny: AP 0." in told
     command = told[told.index("smca eval") :].split("\n")[0]
     assert cli.main(command.split()[1:]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o002, 0o775)])
+def test_the_folder_is_as_the_umask_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int, mode: int
+) -> None:
+    def train(settings: Settings) -> None:
+        Path(settings.out).mkdir()
+        (Path(settings.out) / "checkpoint.pt").touch()
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(learning, "use_fastest_threads", lambda _: "")
+    monkeypatch.setattr(learning, "_evaluations", lambda _: [{"AP": 0.0, "AP50": 0.0, "seconds": 1.0}])
+    for drawing in ("draw_results", "draw_curves"):
+        monkeypatch.setattr(learning, drawing, lambda *_: None)
+    before = os.umask(umask)
+    try:
+        learning.run_detector(tmp_path, compare=False, seed=1)
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["detector"]
+    folder = tmp_path / "detector"
+    for path in (folder, folder / "smca-tiny"):
+        assert path.stat().st_mode & 0o777 == mode, path
 
 
 def test_the_twin_differs_in_the_prior_alone() -> None:
