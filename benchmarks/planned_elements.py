@@ -29,7 +29,7 @@ def planned_rows(workloads: Sequence[Workload]) -> Iterator[Row]:
             inputs = workload.inputs(dtype_name, SEED, torch.device("cpu"))
             dtype, head_dim = inputs.query.dtype, workload.head_dim
             block = launch.configuration("forward", ARCHITECTURE, dtype, head_dim).block_n
-            plan = locality.plan(inputs, block, launch.planned_tile(ARCHITECTURE, dtype, head_dim))
+            plan = locality.plan(inputs, block)
             counts = {"triton": plan.computed().sum().item(), "triton-all": float(workload.elements)}
             for peer, count in counts.items():
                 about = "computed", workload.name, FORWARD, dtype_name, peer, MEASURES["computed"]

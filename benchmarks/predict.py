@@ -66,20 +66,18 @@ def kernel_seconds(cost: Cost, workload: Workload, multiprocessors: int | None =
     block_n = constants["BLOCK_N"]
     blocks = -(-workload.queries // block_n)
     images = workload.batch * workload.heads
-    if "TILE_H" not in constants:
+    if "KEYS" not in constants:
         programs, elements = images * blocks, float(block_n * NOMINAL_KEYS)
     else:
-        height, width = constants["TILE_H"], constants["TILE_W"]
-        tiles = sum(-(-h // height) * -(-w // width) for image in workload.valid_shapes for h, w in image)
+        size = constants["KEYS"]
+        tiles = sum(-(-h * w // size) for image in workload.valid_shapes for h, w in image)
+        whole = sum(-(-h * w // size) for h, w in workload.spatial_shapes)
         if "key_major" in cost["kernel"]:
-            programs, elements = workload.heads * tiles, float(blocks * block_n * height * width)
+            programs, elements, trips = workload.heads * tiles, float(blocks * block_n * size), blocks
         else:
-            programs = images * blocks
-            elements = tiles / workload.batch * height * width * block_n
-            if cost["kernel"] == "forward":
-                tiles_of_image = launch.tiles_of_grids(workload.spatial_shapes, height, width)
-                splits = launch.splits_of(programs, tiles_of_image, sms)
-                programs, elements = programs * splits, elements / splits
+            programs, elements, trips = images * blocks, tiles / workload.batch * size * block_n, whole
+        splits = launch.splits_of(programs, trips, int(cost.get("blocks_per_sm") or 1), sms)
+        programs, elements = programs * splits, elements / splits
     rounds = -(-programs // sms)
     return rounds * elements * cycles / card.clock_hz
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +56,18 @@ class Filling:
     full_seconds: float  # the same work without padding, were all slots taken all the time
 
 
-def tiles_of(constants: dict[str, Any], height: int, width: int) -> int:
-    """Tiles that cover a grid: rectangles of cells, or runs of keys where the kernel enumerates them."""
-    if "TILE_H" in constants:
-        return -(-height // constants["TILE_H"]) * -(-width // constants["TILE_W"])
-    return -(-height * width // int(constants["KEYS"]))
+def runs_of(tiles: Sequence[int], splits: int) -> list[Trips]:
+    """Trips of the splits of a block of queries: each an equal run of the tiles of all scales, one after the other."""
+    from smca_kernels.backends.triton.channels import SCALE_TILES
+
+    shared = [count + SCALE_TILES.value if count else 0 for count in tiles]
+    edges = [sum(shared) * i // splits for i in range(splits + 1)]
+    starts = [sum(shared[:s]) + SCALE_TILES.value for s in range(len(tiles))]
+    runs = [
+        [min(end, start + count) - max(begin, start) for start, count in zip(starts, tiles, strict=True)]
+        for begin, end in itertools.pairwise(edges)
+    ]
+    return [tuple(float(count) for count in run if count > 0) for run in runs]
 
 
 def programs_of(cost: Cost, workload: Workload, multiprocessors: int) -> list[Trips]:
@@ -68,58 +76,47 @@ def programs_of(cost: Cost, workload: Workload, multiprocessors: int) -> list[Tr
     Args:
         cost: the kernel's row of the cost report.
         workload: its sizes.
-        multiprocessors: of the card; the forward pass is split where blocks of queries are too few for them.
+        multiprocessors: of the card; programs are split where they are too few for them.
     """
     from smca_kernels.backends.triton import launch
-    from smca_kernels.backends.triton.backward import PADDED
 
     constants, kernel = cost["constexprs"], cost["kernel"].removeprefix("planned ")
     heads, block_n = workload.heads, constants["BLOCK_N"]
     blocks = -(-workload.queries // block_n)
     unrolled = cost["elements_per_trip"] / (cost["elements_per_iteration"] or cost["elements_per_trip"])
 
+    if kernel == "prepare":
+        return [(1.0,)] * (workload.batch * heads * blocks)
+    size = int(constants["KEYS"])
     if kernel.startswith(PLAIN):
         keys = [sum(h * w for h, w in image) for image in workload.valid_shapes]
-        runs = [-(-count // constants["KEYS"]) for count in keys]
+        runs = [-(-count // size) for count in keys]
         if "key_major" in kernel:
             return [(blocks / unrolled,) for count in runs for _ in range(heads * count)]
         return [(count / unrolled,) for count in runs for _ in range(heads * blocks)]
-    if kernel == "prepare":
-        return [(1.0,)] * (workload.batch * heads * blocks)
+    whole = [-(-h * w // size) for h, w in workload.spatial_shapes]
+    images = [[-(-h * w // size) for h, w in image] for image in workload.valid_shapes]
     if kernel == "key_major":
-        rows = -(-workload.queries // PADDED.value) * PADDED.value
+        count, parts = workload.batch * heads * sum(whole), block_n // constants["TILE_N"]
+        splits = launch.splits_of(count, blocks, int(cost["blocks_per_sm"]), multiprocessors)
+        # A tile without a cell of the image only writes zeros.
         return [
-            (rows / block_n / unrolled if inside else 0.0,)
-            for image in workload.valid_shapes
+            (float(end - begin) * parts / unrolled if tile < inside else 0.0,)
+            for begin, end in itertools.pairwise(blocks * i // splits for i in range(splits + 1))
+            for image in images
             for _ in range(heads)
-            for inside in _key_tiles(constants, workload.spatial_shapes, image)
+            for all_tiles, inside in zip(whole, image, strict=True)
+            for tile in range(all_tiles)
         ]
-    images = [[tiles_of(constants, h, w) for h, w in image] for image in workload.valid_shapes]
-    splits = 1
-    if kernel == "forward":
-        whole = sum(tiles_of(constants, h, w) for h, w in workload.spatial_shapes)
-        splits = launch.splits_of(workload.batch * heads * blocks, whole, multiprocessors)
+    count = workload.batch * heads * blocks
+    splits = launch.splits_of(count, sum(whole), int(cost["blocks_per_sm"]), multiprocessors)
+    of_images = [runs_of(tiles, splits) for tiles in images]
     return [
-        tuple((count * (part + 1) // splits - count * part // splits) / unrolled for count in tiles)
-        for part in range(splits)
-        for tiles in images
+        tuple(trips / unrolled for trips in runs[split])
+        for split in range(splits)
+        for runs in of_images
         for _ in range(heads * blocks)
     ]
-
-
-def _key_tiles(
-    constants: dict[str, Any], grids: Sequence[tuple[int, int]], image: Sequence[tuple[int, int]]
-) -> Iterator[bool]:
-    """Whether each tile of the grids, one after the other, has a cell of the image: the others only write zeros."""
-    for (height, width), (valid_height, valid_width) in zip(grids, image, strict=True):
-        if "TILE_H" not in constants:
-            count = tiles_of(constants, height, width)
-            inside = tiles_of(constants, valid_height, valid_width)
-            yield from (tile < inside for tile in range(count))
-            continue
-        for y in range(0, height, constants["TILE_H"]):
-            for x in range(0, width, constants["TILE_W"]):
-                yield y < valid_height and x < valid_width
 
 
 def makespan(programs: Sequence[Trips], cost: Cost, multiprocessors: int) -> tuple[float, float]:

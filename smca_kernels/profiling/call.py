@@ -156,7 +156,7 @@ class RecordedCall:
         plan = launch.read_plan(inputs)
 
         def cover(height: int, width: int) -> int:
-            return -(-height // chosen.tile_h) * -(-width // chosen.tile_w)
+            return -(-height * width // chosen.keys)
 
         counts: list[tuple[int | None, int | None]] = []
         for s, shape in enumerate(inputs.spatial_shapes):

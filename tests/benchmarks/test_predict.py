@@ -17,7 +17,7 @@ from smca_benchmarks.workloads import BOTH, FORWARD, WORKLOADS, Workload
 from smca_kernels.tools.cost.architectures import ARCHITECTURES
 
 H100 = ARCHITECTURES[90]
-TWO_TILES = Workload("two tiles", 2, ((8, 20),), queries=65, heads=3)  # 8×16 and 8×4 cells; 64 queries and one
+TWO_TILES = Workload("two tiles", 2, ((8, 20),), queries=65, heads=3)  # 128 and 32 keys; 64 queries and one
 
 
 def cost(kernel: str, pass_: str, cycles: float, **tile: int) -> dict[str, Any]:
@@ -27,16 +27,16 @@ def cost(kernel: str, pass_: str, cycles: float, **tile: int) -> dict[str, Any]:
     return row | {"constexprs": {"BLOCK_N": 64} | tile, "predicted_elements_per_second": rate}
 
 
-FORWARD_COST = cost("forward", "forward", 0.1, TILE_H=8, TILE_W=16)
-KEY_MAJOR = cost("key_major", "backward", 0.2, TILE_H=8, TILE_W=16)
+FORWARD_COST = cost("forward", "forward", 0.1, KEYS=128)
+KEY_MAJOR = cost("key_major", "backward", 0.2, KEYS=128)
 PREPARE = cost("prepare", "backward", 0.01)
 TOTAL = cost("backward total", "backward", 0.3)
 COSTS = [FORWARD_COST, KEY_MAJOR, PREPARE, TOTAL]
 
 
 def test_edges_cost_as_much_as_their_tiles_and_programs_run_side_by_side() -> None:
-    # 12 programs of a block of queries, each on an SM of its own.
-    assert predict.kernel_seconds(FORWARD_COST, TWO_TILES) == pytest.approx(64 * 2 * 128 * 0.1 / H100.clock_hz)
+    # 12 programs of a block of queries, shared by two splits of a tile each, on an SM of its own.
+    assert predict.kernel_seconds(FORWARD_COST, TWO_TILES) == pytest.approx(64 * 128 * 0.1 / H100.clock_hz)
     # On 5 SMs, three after the other.
     assert predict.kernel_seconds(FORWARD_COST, TWO_TILES, 5) == pytest.approx(3 * 64 * 2 * 128 * 0.1 / H100.clock_hz)
 
@@ -48,8 +48,9 @@ def test_key_major_programs_own_a_tile_and_walk_all_queries() -> None:
 
 
 def test_padding_costs_no_tiles() -> None:
-    padded = Workload("padded", 1, ((20, 8),), queries=64, heads=1, image_share=0.4)  # 8 rows of 20
-    assert predict.kernel_seconds(FORWARD_COST, padded) == pytest.approx(64 * 128 * 0.1 / H100.clock_hz)
+    padded = Workload("padded", 1, ((20, 8),), queries=64, heads=1, image_share=0.4)  # 8 rows of 20: a tile
+    # Two splits, as the host counts the tiles of the grid.
+    assert predict.kernel_seconds(FORWARD_COST, padded) == pytest.approx(64 * 64 * 0.1 / H100.clock_hz)
 
 
 def test_step_is_the_sum_of_its_kernels_without_the_totals() -> None:

@@ -14,12 +14,12 @@ pytest.importorskip("triton")
 from smca_benchmarks import predict, schedule
 from smca_benchmarks.workloads import Workload
 
-TWO_TILES = Workload("two tiles", 2, ((8, 20),), queries=65, heads=3)  # 8×16 and 8×4 cells; 64 queries and one
+TWO_TILES = Workload("two tiles", 2, ((8, 20),), queries=65, heads=3)  # 128 and 32 keys; 64 queries and one
 
 
-def cost(kernel: str, pass_: str, blocks: int = 2, **tile: int) -> dict[str, Any]:
+def cost(kernel: str, pass_: str, blocks: int = 2) -> dict[str, Any]:
     """A row of a kernel: 10 cycles to start, 5 a scale, 100 a trip, 60 where a block is alone."""
-    constants = {"BLOCK_N": 64} | (tile or {"TILE_H": 8, "TILE_W": 16})
+    constants = {"BLOCK_N": 64, "TILE_N": 64, "KEYS": 128}
     return {
         "kernel": kernel, "pass": pass_, "arch": "sm_90", "dtype": "bf16", "head_dim": 32, "triton": "9.9",
         "constexprs": constants, "blocks_per_sm": blocks, "cycles_per_trip": 100.0, "cycles_alone": 60.0,
@@ -36,28 +36,35 @@ FORWARD, QUERY_MAJOR, KEY_MAJOR = (
 
 
 def test_query_major_has_a_program_for_every_block_of_queries() -> None:
-    assert schedule.programs_of(QUERY_MAJOR, TWO_TILES, 132) == [(2.0,)] * (2 * 3 * 2)
+    assert schedule.programs_of(QUERY_MAJOR, TWO_TILES, 1) == [(2.0,)] * (2 * 3 * 2)
 
 
 def test_key_major_has_a_program_for_every_tile_and_walks_padded_queries() -> None:
-    assert schedule.programs_of(KEY_MAJOR, TWO_TILES, 132) == [(2.0,)] * (2 * 3 * 2)
+    assert schedule.programs_of(KEY_MAJOR, TWO_TILES, 1) == [(2.0,)] * (2 * 3 * 2)
 
 
 def test_key_major_programs_of_tiles_outside_the_image_make_no_trip() -> None:
     padded = Workload("padded", 1, ((20, 16),), queries=64, heads=1, image_share=0.4)  # 8 of 20 rows
-    assert schedule.programs_of(KEY_MAJOR, padded, 132) == [(1.0,), (0.0,), (0.0,)]
+    assert schedule.programs_of(KEY_MAJOR, padded, 1) == [(1.0,), (0.0,), (0.0,)]
 
 
-def test_forward_splits_share_the_tiles_of_each_scale() -> None:
+def test_splits_share_the_tiles_of_all_scales_one_after_the_other() -> None:
+    # 16 tiles and one, and what it costs to start each scale: three tiles.
+    assert schedule.runs_of([16, 1], 1) == [(16.0, 1.0)]
+    assert schedule.runs_of([16, 1], 2) == [(8.0,), (8.0, 1.0)]
+    assert schedule.runs_of([0, 5, 0], 2) == [(1.0,), (4.0,)]
     workload = Workload("wide", 1, ((32, 64), (8, 16)), queries=64, heads=1)
-    programs = schedule.programs_of(FORWARD, workload, 132)
-    assert len(programs) == 17 // 4  # as many as have four tiles each
-    assert [sum(each) for each in zip(*programs, strict=True)] == [16, 1]
+    for kernel in (FORWARD, QUERY_MAJOR):
+        programs = schedule.programs_of(kernel, workload, 132)
+        assert len(programs) > 4
+        assert sum(map(sum, programs)) == 17
 
 
-def test_enumerated_keys_are_covered_by_runs() -> None:
-    assert schedule.tiles_of({"KEYS": 64}, 25, 42) == 17
-    assert schedule.tiles_of({"TILE_H": 8, "TILE_W": 16}, 25, 42) == 12
+def test_splits_of_a_tile_of_keys_share_the_blocks_of_queries() -> None:
+    workload = Workload("few keys", 1, ((8, 16),), queries=300, heads=1)
+    programs = schedule.programs_of(KEY_MAJOR, workload, 132)
+    assert len(programs) > 1
+    assert sum(map(sum, programs)) == 5
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,7 @@ def test_a_program_goes_to_the_sm_that_is_free_first() -> None:
 
 
 def test_padding_counts_edges_of_tiles_and_the_last_block_of_queries() -> None:
-    programs = schedule.programs_of(QUERY_MAJOR, TWO_TILES, 132)
+    programs = schedule.programs_of(QUERY_MAJOR, TWO_TILES, 1)
     assert schedule.padding_of(QUERY_MAJOR, programs, TWO_TILES) == pytest.approx(2 * 128 / 160 * 128 / 65)
 
 
@@ -104,7 +111,7 @@ def test_report_without_cycles_is_refused() -> None:
 
 
 def test_command_writes_rows_and_sums_beside_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = cost("plain forward", "plain forward", KEYS=64) | {"cycles_per_trip": 50.0, "cycles_alone": 50.0}
+    plain = cost("plain forward", "plain forward") | {"cycles_per_trip": 50.0, "cycles_alone": 50.0}
     (tmp_path / "cost.json").write_text(json.dumps([FORWARD, plain]))
     parser = argparse.ArgumentParser()
     predict.add_arguments(parser)

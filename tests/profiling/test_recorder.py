@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -222,16 +223,15 @@ def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:
     inputs = make_inputs(case, generator)
     inputs = dataclasses.replace(inputs, valid_shapes=valid, mass_tolerance=0.0)
     call = RecordedCall.of("triton", reference.attention, inputs)
-    # Where products are FMAs: tiles of 4 × 4 cells, 32 queries; two blocks of queries, 9 tiles of a grid.
-    tops = [(y, x) for y in range(0, 9, 4) for x in range(0, 10, 4)]
-    walked = [sum(y < height and x < width for y, x in tops) for ((height, width),) in valid.tolist()]
-    assert call.tiles() == [(2 * sum(walked), 2 * (3 * len(tops) - sum(walked)))]
+    # Where products are FMAs: tiles of 16 keys, 32 queries; two blocks of queries, 6 tiles of a grid of 90 cells.
+    walked = [math.ceil(height * width / 16) for ((height, width),) in valid.tolist()]
+    assert call.tiles() == [(2 * sum(walked), 2 * (3 * 6 - sum(walked)))]
 
 
 def test_tiles_are_those_of_the_plan(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("smca_kernels.backends.triton.launch")
     monkeypatch.setattr(launch, "MIN_PLANNED_ELEMENTS", 0)
-    # One cell of a corner has it all: each query of the block looks at the first of 5 × 5 tiles, and no farther.
+    # One cell of a corner has it all: each query of the block looks at the first of 25 tiles, and no farther.
     inputs = make_inputs(Case("tiles", ((20, 20), (2, 2)), queries=9, head_dim=16), generator)
     corner = torch.zeros_like(inputs.center)
     inputs = dataclasses.replace(inputs, center=corner, precision=torch.full_like(corner, 100.0))

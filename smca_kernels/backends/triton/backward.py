@@ -1,16 +1,18 @@
-"""Backward pass, deterministic: every gradient element is summed by one program in a fixed order.
+"""Backward pass, deterministic: every gradient element is summed in a fixed order.
 
 With dO'_s = α_s dO (over 1 - dropout_p) and δ'_s = α_s dO·O_s, for every scale s:
 
-    P  = 2^(scale · (q kᵀ + coefficients · featuresᵀ))     the log-sum-exp rides in the base (tiles.py)
+    P  = 2^(scale · (q kᵀ + coefficients · featuresᵀ))     the log-sum-exp rides in the base (channels.py)
     dP = dO' vᵀ,   dS = P (dP - δ')                        gradient of the logits, and of logG
-    dv = Σ_n P dO',   dk = scale Σ_n dS q                  key-major pass: a program owns one key tile
+    dv = Σ_n P dO',   dk = scale Σ_n dS q                  key-major pass: a program owns KEYS keys
     dq = scale Σ_s Σ_k dS k                                query-major pass: a program owns BLOCK_N queries
-    dp_x = -Σ_k dS (x - c_x)²,   dc_x = 2 p_x Σ_k dS (x - c_x)
+    dp_x = -Σ_k dS ((x - c_x)² - (n_x - c_x)²),   dc_x = 2 p_x Σ_k dS (x - n_x)
 
-`prepare_kernel` computes dO', δ' and dα = dO·O_s, and lays all that belongs to a query side by side in the order of the
-plan (windows.py), padded to whole blocks. The sums over dS (x - c)ʲ are moments of a tile's features: one more product,
-dS · features, whose columns `moment_weights` weighs by polynomials in the centre; added up once a scale.
+n is the cell nearest to the centre: as Σ dS = 0, it changes nothing but the rounding. `prepare_kernel` computes dO',
+δ', dα = dO·O_s and the coefficients, and lays all that belongs to a query side by side in the order of the plan
+(windows.py), padded to whole blocks with zeros. The sums over dS times positions are one more product, with a table.
+
+Where programs are too few to fill the device, splits share a block or a tile, as in the forward: merge.py.
 """
 
 from __future__ import annotations
@@ -18,54 +20,63 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from smca_kernels.backends.triton.tiles import (
+from smca_kernels.backends.triton.channels import (
+    LN2,
     LOG2E,
-    base_of_tile,
+    MASKED,
+    ONE_UNIT,
+    SQUARE_UNIT,
+    base_of_query,
     direct_prior,
     dot,
     dropout_key_key,
     dropout_row_key,
-    fixed_coefficients,
-    from_middle,
-    from_nearest_cell,
+    features_of_keys,
     grid_of_scale,
+    in_bfloat16,
+    is_direct,
     keeps,
+    load_keys,
     load_rows,
-    mark_ignored,
+    nearest_cell,
+    next_cells,
+    opaque,
+    prior_coefficients,
+    queries_of_block,
+    run_of_split,
     store_rows,
-    tile_coefficients,
-    tile_coordinates,
-    tile_features,
+    tiles_of_block,
+    tiles_to_share,
     valid_part,
     warp_any,
     warp_any_5_bits,
     window_of_block,
 )
+from smca_kernels.backends.triton.merge import store_prior_gradients
 
-PADDED = tl.constexpr(64)  # queries are padded to a multiple of this: whole blocks of every configuration
-# What is stored side by side for a query and scale.
+# What is stored side by side for a block of queries and a scale, BLOCK_N numbers each.
 CENTER_X = tl.constexpr(0)
 CENTER_Y = tl.constexpr(1)
 PRECISION_X = tl.constexpr(2)
 PRECISION_Y = tl.constexpr(3)
-LOG_SUM = tl.constexpr(4)  # log-sum-exp
+LOG_SUM = tl.constexpr(4)  # log-sum-exp in base 2
 DELTA = tl.constexpr(5)  # δ'
 TERMS = tl.constexpr(6)
+STRIP = tl.constexpr(8)  # rows of cells whose keys follow each other, column by column, in the key-major pass
 UNSPECIALIZED = [
     *("q_b", "q_h", "q_n", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "o_b", "o_h", "o_n"),
     *("dq_b", "dq_h", "dq_n", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t"),
-    *("heads", "center_heads", "precision_heads", "weight_heads", "queries", "row_blocks", "keys", "scales"),
+    *("heads", "center_heads", "precision_heads", "weight_heads", "queries", "keys", "scales"),
     *("tiles_per_head", "plan_size", "scale", "log2_scale", "inverse_scale"),
-    *("precision_limit", "dropout_threshold", "dropout_scale", "keep_p"),
+    *("direct_limit", "dropout_threshold", "dropout_scale", "keep_p"),
     *("g0", "g1", "g2", "g3", "g4", "g5", "g6", "g7"),
 ]
 
 
 @triton.jit
-def terms_of(terms, first, ROWS: tl.constexpr):
-    """Pointers to term 0 of ROWS rows from `first` on; term i is i · PADDED further, at no register."""
-    inside = (PADDED - 1) & first
-    return terms + (first - inside) * TERMS + inside + tl.arange(0, ROWS)
+def terms_of_block(terms, block, BLOCK_N: tl.constexpr):
+    """Pointers to term 0 of a block's queries; term i is i · BLOCK_N further, at no register."""
+    return terms + block * TERMS * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -76,72 +87,105 @@ def prepare_kernel(
     grad_out,  # dO [B, H, N, D]
     scale_outputs,  # [B, H, N, S, D] contiguous, fp32
     scale_weights,  # [B, H or 1, N, S] contiguous, or None
-    lse,  # [B, H, N, S] contiguous
+    valid_shapes,  # [B, S, 2] contiguous, or None
+    lse,  # [B, H, N, S] contiguous, in base 2
     plan,  # [B, H, plan_size] contiguous int32, or None: queries stay in their order
-    ordered_query,  # [B, H, rows, D] contiguous; rows: row_blocks · PADDED
+    ordered_query,  # [B, H, rows, D] contiguous; rows: blocks · BLOCK_N
     weighted_grads,  # dO' [B, H, S, rows, D] contiguous
-    terms,  # [B, H, S, row_blocks, TERMS, PADDED] contiguous, fp32
+    coefficients,  # [B, H, S, rows, 16] contiguous, float16
+    terms,  # [B, H, S, blocks, TERMS, BLOCK_N] contiguous, fp32
+    direct_blocks,  # [B, H, S, blocks] contiguous, int32: 1 on the direct path
+    whole_coefficients,  # the same, positions counted from the image's middle, or None without a plan
+    whole_direct_blocks,  # the same, or None
     grad_weights,  # dα [B, H, N, S] contiguous, or None
     q_b, q_h, q_n, o_b, o_h, o_n,  # strides, in units of UNIT elements
-    heads, center_heads, precision_heads, weight_heads, queries, row_blocks, scales, plan_size, dropout_scale, keep_p,
+    heads, center_heads, precision_heads, weight_heads, queries, scales, plan_size,
+    inverse_scale, direct_limit, dropout_scale, keep_p,
+    g0, g1, g2, g3, g4, g5, g6, g7,  # height << 32 | width of each scale
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = row_blocks * PADDED
-    blocks = rows // BLOCK_N
+    blocks = tl.cdiv(queries, BLOCK_N)
+    rows = blocks * BLOCK_N
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     b = batch_head // heads
     h = batch_head % heads
-    first_row = tl.program_id(0) % blocks * BLOCK_N
-    row = first_row + tl.arange(0, BLOCK_N)
-    in_range = row < queries
-    everywhere = row < rows
-    n = tl.minimum(row, queries - 1)
+    row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if plan is not None:
-        n = tl.load(plan + batch_head * plan_size + n)
-    q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D)
-    store_rows(ordered_query + batch_head * rows * HEAD_DIM, row, HEAD_DIM, q, everywhere, HEAD_DIM, BLOCK_D)
-    grad = load_rows(grad_out + (b * o_b + h * o_h) * UNIT, n, o_n * UNIT, HEAD_DIM, BLOCK_D).to(tl.float32)
+        plan += batch_head * plan_size
+    n, real = queries_of_block(plan, block, queries, BLOCK_N)
+    q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D, real)
+    store_rows(ordered_query + batch_head * rows * HEAD_DIM, row, HEAD_DIM, q, row < rows, HEAD_DIM, BLOCK_D)
+    grad = load_rows(grad_out + (b * o_b + h * o_h) * UNIT, n, o_n * UNIT, HEAD_DIM, BLOCK_D, real).to(tl.float32)
     for s in range(scales):
+        height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
+        valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
+        x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, valid_height, valid_width)
         at = (batch_head * queries + n) * scales + s
         output = load_rows(scale_outputs, at, HEAD_DIM, HEAD_DIM, BLOCK_D)
         factor = tl.full([BLOCK_N], 1.0, tl.float32) * dropout_scale
         if scale_weights is not None:
-            tl.store(grad_weights + at, tl.sum(grad * output, 1), mask=in_range)
+            tl.store(grad_weights + at, tl.sum(grad * output, 1), mask=real)
             factor *= tl.load(scale_weights + ((b * weight_heads + h % weight_heads) * queries + n) * scales + s)
         # δ' must see dO' as rounded: dP - δ' cancels where one key has all the mass.
         weighted = (grad * factor[:, None]).to(grad_out.dtype.element_ty)
-        first = (batch_head * scales + s) * rows
-        store_rows(weighted_grads + first * HEAD_DIM, row, HEAD_DIM, weighted, everywhere, HEAD_DIM, BLOCK_D)
-        of_terms = terms_of(terms + first * TERMS, first_row, BLOCK_N)
-        at_center = center + (((b * center_heads + h % center_heads) * queries + n) * scales + s) * 2
-        at_precision = precision + (((b * precision_heads + h % precision_heads) * queries + n) * scales + s) * 2
-        tl.store(of_terms + CENTER_X * PADDED, tl.load(at_center))
-        tl.store(of_terms + CENTER_Y * PADDED, tl.load(at_center + 1))
-        tl.store(of_terms + PRECISION_X * PADDED, tl.load(at_precision))
-        tl.store(of_terms + PRECISION_Y * PADDED, tl.load(at_precision + 1))
-        # A row of padding must not count: its probabilities underflow to 0.
-        tl.store(of_terms + LOG_SUM * PADDED, tl.where(in_range, tl.load(lse + at), 1e25))
-        tl.store(of_terms + DELTA * PADDED, tl.sum(weighted.to(tl.float32) * keep_p * output, 1))
+        delta = tl.sum(weighted.to(tl.float32) * keep_p * output, 1)
+        log_sum = tl.load(lse + at, mask=real, other=0.0)
+        at = (((b * center_heads + h % center_heads) * queries + n) * scales + s) * 2
+        c_x = tl.load(center + at, mask=real, other=0.0)
+        c_y = tl.load(center + at + 1, mask=real, other=0.0)
+        at = (((b * precision_heads + h % precision_heads) * queries + n) * scales + s) * 2
+        p_x = tl.load(precision + at, mask=real, other=0.0)
+        p_y = tl.load(precision + at + 1, mask=real, other=0.0)
+
+        of_scale = batch_head * scales + s
+        first = of_scale * rows
+        store_rows(weighted_grads + first * HEAD_DIM, row, HEAD_DIM, weighted, row < rows, HEAD_DIM, BLOCK_D)
+        of_terms = terms_of_block(terms, of_scale * blocks + block, BLOCK_N)
+        tl.store(of_terms + CENTER_X * BLOCK_N, c_x)
+        tl.store(of_terms + CENTER_Y * BLOCK_N, c_y)
+        tl.store(of_terms + PRECISION_X * BLOCK_N, p_x)
+        tl.store(of_terms + PRECISION_Y * BLOCK_N, p_y)
+        tl.store(of_terms + LOG_SUM * BLOCK_N, log_sum)
+        tl.store(of_terms + DELTA * BLOCK_N, delta)
+
+        store_coefficients(
+            coefficients + first * 16, direct_blocks + of_scale * blocks, block, c_x, c_y, p_x, p_y, log_sum,
+            x0, y0, x1, y1, valid_height, valid_width, inverse_scale, direct_limit, BLOCK_N,
+        )  # fmt: skip
+        if plan is not None:
+            store_coefficients(
+                whole_coefficients + first * 16, whole_direct_blocks + of_scale * blocks, block,
+                c_x, c_y, p_x, p_y, log_sum,
+                0, 0, valid_width, valid_height, valid_height, valid_width, inverse_scale, direct_limit, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit
-def moment_weights(e_x, e_y, d_x, d_y):
-    """Weights [ROWS, 16] of the moments dS · features, for centres at e [ROWS] from the tile, d from the nearest cell.
-
-    Of each axis's eight columns (u², 1, u², u, u, u, 1, 1), columns 0, 3 and 6 add up to Σ dS ((u - e)² - d²),
-    columns 4 and 7 to Σ dS (u - e + d); column 1 is Σ dS. As that is 0, d changes nothing but the rounding.
-    """
-    axis_x = tl.arange(0, 16)[None, :] < 8
-    e = tl.where(axis_x, e_x[:, None], e_y[:, None])
-    d = tl.where(axis_x, d_x[:, None], d_y[:, None])
-    i = tl.arange(0, 16)[None, :] % 8
-    weights = tl.where((i == 0) | (i == 1) | (i == 4), 1.0, 0.0)
-    weights = tl.where(i == 3, -2.0 * e, weights)
-    weights = tl.where(i == 6, (e - d) * (e + d), weights)
-    return tl.where(i == 7, d - e, weights)
+def store_coefficients(
+    coefficients, direct_blocks, block, c_x, c_y, p_x, p_y, log_sum, x0, y0, x1, y1, valid_height, valid_width,
+    inverse_scale, direct_limit, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the coefficients of a block of queries in a window, and whether it has to take the direct path there."""
+    origin_x = (x0 + x1) // 2
+    origin_y = (y0 + y1) // 2
+    n_x = nearest_cell(c_x, valid_width) - origin_x
+    n_y = nearest_cell(c_y, valid_height) - origin_y
+    e_x = c_x - origin_x
+    e_y = c_y - origin_y
+    direct = is_direct(p_x, p_y, e_x, e_y, n_x, n_y, x1 - x0, y1 - y0, inverse_scale, direct_limit)
+    log_sum *= LN2 * inverse_scale
+    direct |= warp_any(tl.max((tl.abs(log_sum) >= MASKED).to(tl.int32), 0))
+    tl.store(direct_blocks + block, direct)
+    p_x *= inverse_scale
+    p_y *= inverse_scale
+    base = base_of_query(p_x, p_y, e_x, e_y, n_x, n_y) + log_sum
+    row = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_row = prior_coefficients(p_x, p_y, e_x, e_y, base)
+    tl.store(coefficients + row[:, None] * 16 + tl.arange(0, 16)[None, :], of_row)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -153,169 +197,231 @@ def query_major_kernel(
     key_padding_mask,  # [B, T] contiguous uint8, or None
     seed,  # [1] int64, or None without dropout
     plan,  # [B, H, plan_size] contiguous int32 (windows.py), or None: every query sees every key
+    positions,  # the features of positions, float16: launch.position_table
     weighted_grads,  # dO' [B, H, S, rows, D] contiguous
-    terms,  # [B, H, S, row_blocks, TERMS, PADDED] contiguous, fp32
+    terms,  # [B, H, S, blocks, TERMS, BLOCK_N] contiguous, fp32
+    coefficients,  # [B, H, S, rows, 16] contiguous, float16
+    direct_blocks,  # [B, H, S, blocks] contiguous, int32
     grad_query,  # [B, H, N, D]
     grad_center,  # [B, H, N, S, 2] contiguous
     grad_precision,  # [B, H, N, S, 2] contiguous
+    partial_queries,  # [splits, B, H, N, D] contiguous, fp32, or None for one program a block
+    partial_sums,  # [splits + S - 1, B, H, N, 4] contiguous, fp32, or None
     k_b, k_h, k_t, v_b, v_h, v_t, dq_b, dq_h, dq_n,  # strides, in units of UNIT elements
-    heads, queries, row_blocks, keys, scales, plan_size,
-    scale, log2_scale, inverse_scale, precision_limit, dropout_threshold,
+    heads, queries, keys, scales, plan_size, scale, log2_scale, dropout_threshold,
     g0, g1, g2, g3, g4, g5, g6, g7,  # height << 32 | width of each scale
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIRECT_KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     DIRECT_ONLY: tl.constexpr,
 ):  # fmt: skip
-    rows = row_blocks * PADDED
     blocks = tl.cdiv(queries, BLOCK_N)
-    batch_head = tl.program_id(0) // blocks
-    b = (batch_head // heads).to(tl.int64)
-    h = (batch_head % heads).to(tl.int64)
+    rows = blocks * BLOCK_N
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    ordered = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_range = ordered < queries
-    n = tl.minimum(ordered, queries - 1)
+    b = batch_head // heads
+    h = batch_head % heads
+    row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if plan is not None:
-        plan += batch_head.to(tl.int64) * plan_size
-        n = tl.load(plan + n)
-    always_false = queries < 0
-
+        plan += batch_head * plan_size
     key += (b * k_b + h * k_h) * UNIT
     value += (b * v_b + h * v_h) * UNIT
-    ordered_query += batch_head.to(tl.int64) * rows * HEAD_DIM
-    weighted_grads += batch_head.to(tl.int64) * scales * rows * HEAD_DIM
-    terms = terms_of(terms + batch_head.to(tl.int64) * scales * rows * TERMS, block * BLOCK_N, BLOCK_N)
-    batch_head_row = batch_head.to(tl.int64) * queries * scales
-    column, row = tile_coordinates(TILE_H, TILE_W)
+    mask = key_padding_mask
+    if key_padding_mask is not None:
+        mask += b * keys
+    q = load_rows(ordered_query + batch_head * rows * HEAD_DIM, row, HEAD_DIM, HEAD_DIM, BLOCK_D)
     if seed is not None:
-        row_key = dropout_row_key(tl.load(seed), batch_head, n)
+        row_key = dropout_row_key(tl.load(seed), batch_head, queries_of_block(plan, block, queries, BLOCK_N)[0])
+    if partial_queries is not None:
+        all_tiles = tiles_of_block(plan, queries, block, valid_shapes, b, scales, g0, g1, g2, g3, g4, g5, g6, g7, KEYS)
 
     dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first_key = 0
+    tiles_before = 0
     for s in tl.range(scales, disable_licm=True):
         height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
         valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
-        of_scale = terms + s * rows * TERMS
-        c_x = tl.load(of_scale + CENTER_X * PADDED)
-        c_y = tl.load(of_scale + CENTER_Y * PADDED)
-        p_x = tl.load(of_scale + PRECISION_X * PADDED)
-        p_y = tl.load(of_scale + PRECISION_Y * PADDED)
-        d_x = from_nearest_cell(c_x, valid_width)
-        d_y = from_nearest_cell(c_y, valid_height)
-        log_sum = tl.load(of_scale + LOG_SUM * PADDED)
-        delta = tl.load(of_scale + DELTA * PADDED)
-        q = load_rows(ordered_query, ordered, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        do = load_rows(weighted_grads + s * rows * HEAD_DIM, ordered, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        direct = warp_any((tl.max(tl.maximum(p_x, p_y), 0) > precision_limit).to(tl.int32))
         x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, valid_height, valid_width)
-        tiles = tl.cdiv(y1 - y0, TILE_H) * tl.cdiv(x1 - x0, TILE_W)
+        across = tl.maximum(x1 - x0, 1)
+        count = (x1 - x0) * (y1 - y0)
+        first = 0
+        if partial_queries is not None:
+            tiles = tl.cdiv(count, KEYS)
+            first, run = run_of_split(all_tiles, tl.program_id(1), tl.num_programs(1), tiles_before, tiles)
+            tiles_before += tiles_to_share(tiles)
+            count = tl.minimum(count, (first + run) * KEYS)
+            first *= KEYS
 
-        moments = tl.zeros([BLOCK_N, 16], tl.float32)
-        p_moments = tl.zeros([BLOCK_N, 16], tl.float32)
-        first_x = tl.zeros([BLOCK_N], tl.float32)
-        first_y = tl.zeros([BLOCK_N], tl.float32)
-        second_x = tl.zeros([BLOCK_N], tl.float32)
-        second_y = tl.zeros([BLOCK_N], tl.float32)
-        for DIRECT in tl.static_range(DIRECT_ONLY, 2):
-            r_x = p_x * (0.0 if DIRECT else inverse_scale)
-            r_y = p_y * (0.0 if DIRECT else inverse_scale)
-            fixed = fixed_coefficients(r_x, r_y, grad_query, always_false)
-            features = tile_features(TILE_H, TILE_W, grad_query, always_false)
-            i = tl.arange(0, 16)[None, :]
-            of_moments = tl.where((i % 8 == 1) | (i == 15), 1.0, features.to(tl.float32)).to(q.dtype)
-            tile_x = x0
-            tile_y = y0
-            for _ in range(tl.where(direct == DIRECT, tiles, 0) if DIRECT_ONLY == 0 else tiles):
-                x = tile_x + column
-                y = tile_y + row
-                key_index = first_key + tl.minimum(y, valid_height - 1) * width + tl.minimum(x, valid_width - 1)
-                k = load_rows(key, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D)
-                v = load_rows(value, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D)
-                ignored = (x >= valid_width) | (y >= valid_height)
-                if key_padding_mask is not None:
-                    ignored |= tl.load(key_padding_mask + b * keys + key_index) != 0
-                e_x = c_x - from_middle(tile_x + TILE_W - 1, TILE_W)
-                e_y = c_y - from_middle(tile_y + TILE_H - 1, TILE_H)
-                coefficients = fixed
-                if not DIRECT:
-                    base = base_of_tile(r_x, r_y, e_x, e_y, d_x, d_y) + log_sum * inverse_scale
-                    coefficients = tile_coefficients(fixed, r_x, r_y, e_x, e_y, base)
+        if partial_queries is None or run > 0:
+            of_scale = batch_head * scales + s
+            do = load_rows(weighted_grads + of_scale * rows * HEAD_DIM, row, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            delta = tl.load(terms_of_block(terms, of_scale * blocks + block, BLOCK_N) + DELTA * BLOCK_N)
+            # Positions are counted from the window's middle, on the direct path from the grid's corner.
+            origin_x = (x0 + x1) // 2
+            origin_y = (y0 + y1) // 2
+            first_x = tl.zeros([BLOCK_N], tl.float32)
+            first_y = tl.zeros([BLOCK_N], tl.float32)
+            second_x = tl.zeros([BLOCK_N], tl.float32)
+            second_y = tl.zeros([BLOCK_N], tl.float32)
+            direct = 1
+            if DIRECT_ONLY == 0:
+                direct = tl.load(direct_blocks + of_scale * blocks + block)
+                if direct == 0:
+                    i = tl.arange(0, 16)[None, :]
+                    prior = tl.load(coefficients + (of_scale * rows + row)[:, None] * 16 + i)
+                    moments = tl.zeros([BLOCK_N, 16], tl.float32)
+                    x = x0 + (first + tl.arange(0, KEYS)) % across
+                    y = y0 + (first + tl.arange(0, KEYS)) // across
+                    for start in tl.range(first, count, KEYS, num_stages=STAGES):
+                        counts = start + tl.arange(0, KEYS) < count
+                        k, v, key_index, counts = load_keys(
+                            key, value, mask, first_key, width, x, y, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
+                        )
+                        at_features = features_of_keys(positions, x - origin_x, y - origin_y, counts)
+                        features = tl.load(at_features)
+                        of_moments = features
+                        if k.dtype == tl.bfloat16:
+                            of_moments = tl.load(in_bfloat16(at_features))
+                        logits = dot(prior, tl.trans(features), dot(q, tl.trans(k), None, PRECISION), PRECISION)
+                        p = tl.exp2(logits * log2_scale)
+                        dp = dot(do, tl.trans(v), None, PRECISION)
+                        if seed is not None:
+                            kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
+                            dp = tl.where(kept, dp, 0.0)
+                        ds = (p * (dp - delta[:, None])).to(k.dtype)
+                        dq = dot(ds, k, dq, PRECISION)
+                        moments = dot(ds, of_moments, moments, PRECISION)
+                        x, y = next_cells(x, y, x1, across, KEYS)
+                    # Here and below, computed again rather than kept through the loops.
+                    of_terms = terms_of_block(terms, of_scale * blocks + opaque(block), BLOCK_N)
+                    c_x = tl.load(of_terms + CENTER_X * BLOCK_N)
+                    c_y = tl.load(of_terms + CENTER_Y * BLOCK_N)
+                    n_x = nearest_cell(c_x, valid_width) - origin_x
+                    n_y = nearest_cell(c_y, valid_height) - origin_y
+                    total = tl.sum(tl.where(i == 6, moments, 0.0), 1) / ONE_UNIT
+                    first_x = tl.sum(tl.where(i == 4, moments, 0.0), 1) - n_x * total
+                    first_y = tl.sum(tl.where(i == 12, moments, 0.0), 1) - n_y * total
+                    second_x = tl.sum(tl.where((i == 0) | (i == 2), moments, 0.0), 1) * SQUARE_UNIT - n_x * n_x * total
+                    second_y = tl.sum(tl.where((i == 8) | (i == 10), moments, 0.0), 1) * SQUARE_UNIT - n_y * n_y * total
+                    second_x -= 2.0 * (c_x - origin_x) * first_x
+                    second_y -= 2.0 * (c_y - origin_y) * first_y
+            if direct != 0:
+                of_terms = terms_of_block(terms, of_scale * blocks + opaque(block), BLOCK_N)
+                p_x = tl.load(of_terms + PRECISION_X * BLOCK_N) * LOG2E
+                p_y = tl.load(of_terms + PRECISION_Y * BLOCK_N) * LOG2E
+                c_x = tl.load(of_terms + CENTER_X * BLOCK_N)
+                c_y = tl.load(of_terms + CENTER_Y * BLOCK_N)
+                n_x = nearest_cell(c_x, valid_width)
+                n_y = nearest_cell(c_y, valid_height)
+                c_x -= n_x
+                c_y -= n_y
+                log_sum = tl.load(of_terms + LOG_SUM * BLOCK_N)
+                column = x0 + (first + tl.arange(0, DIRECT_KEYS)) % across
+                line = y0 + (first + tl.arange(0, DIRECT_KEYS)) // across
+                for start in tl.range(first, count, DIRECT_KEYS, num_stages=1):
+                    counts = start + tl.arange(0, DIRECT_KEYS) < count
+                    k, v, key_index, counts = load_keys(
+                        key, value, mask, first_key, width, column, line, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
+                    )
+                    from_x = column.to(tl.float32)[None, :] - n_x[:, None]
+                    from_y = line.to(tl.float32)[None, :] - n_y[:, None]
+                    logits = dot(q, tl.trans(k), None, PRECISION) * log2_scale - log_sum[:, None]
+                    logits -= direct_prior(p_x[:, None], from_x, c_x[:, None])
+                    logits -= direct_prior(p_y[:, None], from_y, c_y[:, None])
+                    p = tl.where(counts[None, :], tl.exp2(logits), 0.0)
+                    dp = dot(do, tl.trans(v), None, PRECISION)
+                    if seed is not None:
+                        kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
+                        dp = tl.where(kept, dp, 0.0)
+                    ds = p * (dp - delta[:, None])
+                    dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+                    first_x += tl.sum(ds * from_x, 1)
+                    first_y += tl.sum(ds * from_y, 1)
+                    second_x += tl.sum(ds * from_x * from_x, 1)
+                    second_y += tl.sum(ds * from_y * from_y, 1)
+                    column, line = next_cells(column, line, x1, across, DIRECT_KEYS)
+                second_x -= 2.0 * c_x * first_x
+                second_y -= 2.0 * c_y * first_y
 
-                # [BLOCK_N, KEYS]
-                logits = dot(q, tl.trans(k), None, PRECISION)
-                logits = dot(coefficients, tl.trans(mark_ignored(features, ignored)), logits, PRECISION)
-                if DIRECT:
-                    x = x.to(tl.float32)[None, :]
-                    y = y.to(tl.float32)[None, :]
-                    prior_x = direct_prior(p_x[:, None], x, c_x[:, None], d_x[:, None])
-                    prior_y = direct_prior(p_y[:, None], y, c_y[:, None], d_y[:, None]) + log_sum[:, None]
-                    p = tl.exp2((logits * scale - (prior_x + prior_y)) * LOG2E)
-                else:
-                    p = tl.exp2(logits * log2_scale)
-                dp = dot(do, tl.trans(v), None, PRECISION)
-                if seed is not None:
-                    kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
-                    dp = tl.where(kept, dp, 0.0)
-                ds = p * (dp - delta[:, None])
-                dq = dot(ds.to(k.dtype), k, dq, PRECISION)
-                if DIRECT:
-                    first_x += tl.sum(ds * (x - (c_x - d_x)[:, None]), 1)
-                    first_y += tl.sum(ds * (y - (c_y - d_y)[:, None]), 1)
-                    second_x += tl.sum(ds * direct_prior(1.0, x, c_x[:, None], d_x[:, None]), 1)
-                    second_y += tl.sum(ds * direct_prior(1.0, y, c_y[:, None], d_y[:, None]), 1)
-                else:
-                    weights = moment_weights(e_x, e_y, d_x, d_y)
-                    moments += dot(ds.to(q.dtype), of_moments, None, PRECISION) * weights
-                    p_moments += dot(p.to(q.dtype), of_moments, None, PRECISION) * weights
-
-                tile_x += TILE_W
-                row_done = tile_x >= x1
-                tile_y = tl.where(row_done, tile_y + TILE_H, tile_y)
-                tile_x = tl.where(row_done, x0, tile_x)
-
+            n, in_range = queries_of_block(plan, opaque(block), queries, BLOCK_N)
+            if partial_queries is None:
+                of_terms = terms_of_block(terms, of_scale * blocks + opaque(block), BLOCK_N)
+                store_prior_gradients(
+                    of_terms + PRECISION_X * BLOCK_N, grad_center, grad_precision,
+                    (batch_head * queries + n) * scales + s, in_range, first_x, first_y, second_x, second_y, BLOCK_N,
+                )  # fmt: skip
+            else:
+                place = (tl.program_id(1) + s).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
+                at = partial_sums + (place + batch_head * queries + n) * 4
+                tl.store(at, first_x, mask=in_range)
+                tl.store(at + 1, first_y, mask=in_range)
+                tl.store(at + 2, second_x, mask=in_range)
+                tl.store(at + 3, second_y, mask=in_range)
         first_key += height * width
-        # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
-        i = tl.arange(0, 16)[None, :]
-        total = tl.sum(tl.where(i == 1, p_moments, 0.0), 1)
-        error = tl.sum(tl.where(i == 1, moments, 0.0), 1) / tl.where(total == 0.0, 1.0, total)
-        moments -= error[:, None] * p_moments
-        squared = (i % 8 == 0) | (i % 8 == 3) | (i % 8 == 6)
-        second_x += tl.sum(tl.where(squared & (i < 8), moments, 0.0), 1)
-        second_y += tl.sum(tl.where(squared & (i >= 8), moments, 0.0), 1)
-        linear = (i % 8 == 4) | (i % 8 == 7)
-        first_x += tl.sum(tl.where(linear & (i < 8), moments, 0.0), 1)
-        first_y += tl.sum(tl.where(linear & (i >= 8), moments, 0.0), 1)
-        out_rows = (batch_head_row + n * scales + s) * 2
-        tl.store(grad_precision + out_rows, -second_x, mask=in_range)
-        tl.store(grad_precision + out_rows + 1, -second_y, mask=in_range)
-        tl.store(grad_center + out_rows, 2.0 * p_x * first_x, mask=in_range)
-        tl.store(grad_center + out_rows + 1, 2.0 * p_y * first_y, mask=in_range)
-    store_rows(grad_query + (b * dq_b + h * dq_h) * UNIT, n, dq_n * UNIT, dq * scale, in_range, HEAD_DIM, BLOCK_D)
 
-
-@triton.jit
-def blocks_that_see(plan, queries, s, scales, tile_x, tile_y, PLAN_N: tl.constexpr):
-    """Find which of a plan's first 30 blocks of queries look at a tile: as the bits of an int32, and how many."""
-    block = tl.arange(0, 32)
-    exists = block < tl.minimum(tl.cdiv(queries, PLAN_N), 30)
-    at = plan + queries + (block * scales + s) * 4
-    sees = (tl.load(at, mask=exists, other=0) <= tile_x) & (tile_x < tl.load(at + 2, mask=exists, other=0))
-    sees &= (tl.load(at + 1, mask=exists, other=0) <= tile_y) & (tile_y < tl.load(at + 3, mask=exists, other=0))
-    sees = sees.to(tl.int32)
-    return tl.sum(sees << block, 0), warp_any_5_bits(tl.sum(sees, 0))
-
-
-@triton.jit
-def query_of_row(plan, row, queries):
-    if plan is None:
-        return row
+    n, in_range = queries_of_block(plan, opaque(block), queries, BLOCK_N)
+    if partial_queries is None:
+        to = grad_query + (b * dq_b + h * dq_h) * UNIT
+        store_rows(to, n, dq_n * UNIT, dq * scale, in_range, HEAD_DIM, BLOCK_D)
     else:
-        return tl.load(plan + tl.minimum(row, queries - 1))
+        place = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
+        at = place + batch_head * queries + n
+        store_rows(partial_queries, at, HEAD_DIM, dq, in_range, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def cells_in_strips(t, height, width):
+    """Column and row of keys t of a part of a grid, counted in strips of STRIP rows, each column by column."""
+    strip = t // (STRIP * width)
+    within = t - strip * (STRIP * width)
+    rows = tl.maximum(tl.minimum(height - strip * STRIP, STRIP), 1)
+    column = within // rows
+    return column, strip * STRIP + within - column * rows
+
+
+@triton.jit
+def keys_of_tile(tile, first_key, valid_height, valid_width, width, KEYS: tl.constexpr):
+    """Column, row and number of the keys of a tile of a scale, and which are real."""
+    t = tile * KEYS + tl.arange(0, KEYS)
+    count = valid_height * valid_width
+    x, y = cells_in_strips(tl.minimum(t, tl.maximum(count, 1) - 1), valid_height, tl.maximum(valid_width, 1))
+    return x, y, first_key + y * width + x, t < count
+
+
+@triton.jit
+def cells_outside(u, valid_height, valid_width, width):
+    """Column and row of the cells u of a grid that are not in its valid part: those to the right of it, then below."""
+    below = u - valid_height * (width - valid_width)
+    cell = tl.where(below >= 0, below, u)
+    across = tl.where(below >= 0, width, tl.maximum(width - valid_width, 1))
+    row = cell // across
+    column = cell - row * across
+    return tl.where(below >= 0, column, valid_width + column), tl.where(below >= 0, valid_height + row, row)
+
+
+@triton.jit
+def blocks_that_see(
+    plan, direct_blocks, direct, first, end, queries, s, scales, x0, y0, x1, y1, WITH_PLAN: tl.constexpr,
+):  # fmt: skip
+    """Which of up to 30 blocks of queries from `first` on look at some cells, on one path: as bits, and how many.
+
+    The cells are within the rectangle x0, y0, x1, y1.
+    """
+    i = tl.arange(0, 32)
+    block = first + i
+    exists = (i < 30) & (block < end)
+    sees = exists & (tl.load(direct_blocks + block, mask=exists, other=2) == direct)
+    if WITH_PLAN:
+        at = plan + queries + (block * scales + s) * 4
+        sees &= (tl.load(at, mask=exists, other=0) < x1) & (x0 < tl.load(at + 2, mask=exists, other=0))
+        sees &= (tl.load(at + 1, mask=exists, other=0) < y1) & (y0 < tl.load(at + 3, mask=exists, other=0))
+    sees = sees.to(tl.int32)
+    return tl.sum(sees << i, 0), warp_any_5_bits(tl.sum(sees, 0))
 
 
 @triton.jit
@@ -333,138 +439,167 @@ def key_major_kernel(
     key_padding_mask,  # [B, T] contiguous uint8, or None
     seed,  # [1] int64, or None without dropout
     plan,  # [B, H, plan_size] contiguous int32 (windows.py), or None: every query sees every key
+    positions,  # the features of positions, float16: launch.position_table
     weighted_grads,  # dO' [B, H, S, rows, D] contiguous
-    terms,  # [B, H, S, row_blocks, TERMS, PADDED] contiguous, fp32
+    terms,  # [B, H, S, blocks, TERMS, BLOCK_N] contiguous, fp32
+    coefficients,  # [B, H, S, rows, 16] contiguous, float16
+    direct_blocks,  # [B, H, S, blocks] contiguous, int32
     grad_key,  # [B, H, T, D]
     grad_value,  # [B, H, T, D]
+    partial_keys,  # [splits, B, H, T, D] contiguous, fp32, or None for one program a tile
+    partial_values,  # [splits, B, H, T, D] contiguous, fp32, or None
     k_b, k_h, k_t, v_b, v_h, v_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,  # strides, in units of UNIT elements
-    heads, queries, row_blocks, keys, scales, tiles_per_head, plan_size,
-    scale, log2_scale, inverse_scale, precision_limit, dropout_threshold,
+    heads, queries, keys, scales, tiles_per_head, plan_size, scale, log2_scale, dropout_threshold,
     g0, g1, g2, g3, g4, g5, g6, g7,  # height << 32 | width of each scale
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_DIRECT: tl.constexpr,  # queries of a block on the direct path, which keeps seven numbers for each
-    PLAN_N: tl.constexpr,  # queries of a plan's block, a multiple of both
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILE_N: tl.constexpr,  # queries of a tile, a part of BLOCK_N
+    DIRECT_N: tl.constexpr,  # the same on the direct path, which keeps seven numbers for each
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     DIRECT_ONLY: tl.constexpr,
 ):  # fmt: skip
-    KEYS: tl.constexpr = TILE_H * TILE_W
-    rows = row_blocks * PADDED
-    batch_head = tl.program_id(0) // tiles_per_head
-    b = (batch_head // heads).to(tl.int64)
-    h = (batch_head % heads).to(tl.int64)
-    always_false = queries < 0
+    blocks = tl.cdiv(queries, BLOCK_N)
+    rows = blocks * BLOCK_N
+    batch_head = (tl.program_id(0) // tiles_per_head).to(tl.int64)
+    b = batch_head // heads
+    h = batch_head % heads
 
-    # The tile that this program owns: its scale, that scale's first key, and its place in the grid.
+    # The tile that this program owns: its scale, and that scale's first key.
     tile = tl.program_id(0) % tiles_per_head
     s = 0
     first_key = 0
     height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
-    tiles = tl.cdiv(height, TILE_H) * tl.cdiv(width, TILE_W)
-    while tile >= tiles:
-        tile -= tiles
+    while tile >= tl.cdiv(height * width, KEYS):
+        tile -= tl.cdiv(height * width, KEYS)
         s += 1
         first_key += height * width
         height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
-        tiles = tl.cdiv(height, TILE_H) * tl.cdiv(width, TILE_W)
-    tile_x = tile % tl.cdiv(width, TILE_W) * TILE_W
-    tile_y = tile // tl.cdiv(width, TILE_W) * TILE_H
     valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
-
-    column, row = tile_coordinates(TILE_H, TILE_W)
-    x = tile_x + column
-    y = tile_y + row
-    in_grid = (x < width) & (y < height)
-    key_index = first_key + tl.minimum(y, height - 1) * width + tl.minimum(x, width - 1)
-    ignored = (x >= valid_width) | (y >= valid_height)
-    k = load_rows(key + (b * k_b + h * k_h) * UNIT, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D, ~ignored)
-    v = load_rows(value + (b * v_b + h * v_h) * UNIT, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D, ~ignored)
+    x, y, key_index, real = keys_of_tile(tile, first_key, valid_height, valid_width, width, KEYS)
+    counts = real
     if key_padding_mask is not None:
-        ignored |= tl.load(key_padding_mask + b * keys + key_index) != 0
+        counts &= tl.load(key_padding_mask + b * keys + key_index) == 0
+    k = load_rows(key + (b * k_b + h * k_h) * UNIT, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D, counts)
+    v = load_rows(value + (b * v_b + h * v_h) * UNIT, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D, counts)
     if seed is not None:
         drop_seed = tl.load(seed)
 
-    ordered_query += batch_head.to(tl.int64) * rows * HEAD_DIM
-    weighted_grads += (batch_head.to(tl.int64) * scales + s) * rows * HEAD_DIM
-    terms += (batch_head.to(tl.int64) * scales + s) * rows * TERMS
+    of_scale = batch_head * scales + s
+    ordered_query += batch_head * rows * HEAD_DIM
+    weighted_grads += of_scale * rows * HEAD_DIM
+    coefficients += of_scale * rows * 16
+    terms += of_scale * rows * TERMS
+    direct_blocks += of_scale * blocks
     if plan is not None:
-        plan += batch_head.to(tl.int64) * plan_size
-    middle_x = from_middle(tile_x + TILE_W - 1, TILE_W)
-    middle_y = from_middle(tile_y + TILE_H - 1, TILE_H)
-
-    direct = 1
-    if DIRECT_ONLY == 0:
-        narrowest = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(0, rows, BLOCK_N):
-            at = terms_of(terms, start, BLOCK_N)
-            of_rows = tl.maximum(tl.load(at + PRECISION_X * PADDED), tl.load(at + PRECISION_Y * PADDED))
-            narrowest = tl.maximum(narrowest, of_rows)
-        direct = warp_any((tl.max(narrowest, 0) > precision_limit).to(tl.int32))
+        plan += batch_head * plan_size
+    x0 = tl.min(x, 0)
+    y0 = tl.min(y, 0)
+    x1 = tl.max(x, 0) + 1
+    y1 = tl.max(y, 0) + 1
+    origin_x = valid_width // 2
+    origin_y = valid_height // 2
+    features = tl.load(features_of_keys(positions, x - origin_x, y - origin_y, counts))
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for DIRECT in tl.static_range(DIRECT_ONLY, 2):
-        features = mark_ignored(tile_features(TILE_H, TILE_W, grad_key, always_false), ignored)
-        # A tile outside the image has no work, only zeros to write.
-        has_work = (tile_x < valid_width) & (tile_y < valid_height) & (direct == DIRECT)
-        if plan is None:
-            blocks = rows // (BLOCK_DIRECT if DIRECT else BLOCK_N)
-        else:
-            todo, seeing = blocks_that_see(plan, queries, s, scales, tile_x, tile_y, PLAN_N)
-            blocks = seeing * (PLAN_N // (BLOCK_DIRECT if DIRECT else BLOCK_N))
-        for i in range(tl.where(has_work, blocks, 0)):
-            if plan is None:
-                n = i * (BLOCK_DIRECT if DIRECT else BLOCK_N)
-            else:
-                parts: tl.constexpr = PLAN_N // (BLOCK_DIRECT if DIRECT else BLOCK_N)
-                n = lowest_bit(todo) * PLAN_N + i % parts * (BLOCK_DIRECT if DIRECT else BLOCK_N)
-                todo = tl.where(i % parts == parts - 1, todo & (todo - 1), todo)
-            of_block = terms_of(terms, n, BLOCK_DIRECT if DIRECT else BLOCK_N)
-            n += tl.arange(0, BLOCK_DIRECT if DIRECT else BLOCK_N)
-            q = load_rows(ordered_query, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
-            do = load_rows(weighted_grads, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
-            c_x = tl.load(of_block + CENTER_X * PADDED)
-            c_y = tl.load(of_block + CENTER_Y * PADDED)
-            p_x = tl.load(of_block + PRECISION_X * PADDED)
-            p_y = tl.load(of_block + PRECISION_Y * PADDED)
-            d_x = from_nearest_cell(c_x, valid_width)
-            d_y = from_nearest_cell(c_y, valid_height)
-            log_sum = tl.load(of_block + LOG_SUM * PADDED)
-            delta = tl.load(of_block + DELTA * PADDED)
-            r_x = p_x * (0.0 if DIRECT else inverse_scale)
-            r_y = p_y * (0.0 if DIRECT else inverse_scale)
-            coefficients = fixed_coefficients(r_x, r_y, grad_key, always_false)
-            if not DIRECT:
-                e_x = c_x - middle_x
-                e_y = c_y - middle_y
-                base = base_of_tile(r_x, r_y, e_x, e_y, d_x, d_y) + log_sum * inverse_scale
-                coefficients = tile_coefficients(coefficients, r_x, r_y, e_x, e_y, base)
+    # A tile outside the image has no work, only zeros to write.
+    end = tl.where(tile * KEYS < valid_height * valid_width, blocks, 0)
+    begin = 0
+    if partial_keys is not None:
+        begin = end * tl.program_id(1) // tl.num_programs(1)
+        end = end * (tl.program_id(1) + 1) // tl.num_programs(1)
+    for chunk in range(begin, end, 30):
+        for DIRECT in tl.static_range(DIRECT_ONLY, 2):
+            todo, seeing = blocks_that_see(
+                plan, direct_blocks, DIRECT, chunk, end, queries, s, scales, x0, y0, x1, y1, plan is not None
+            )
+            for i in tl.range(
+                seeing * (BLOCK_N // (DIRECT_N if DIRECT else TILE_N)), num_stages=1 if DIRECT else STAGES
+            ):
+                first = i * (DIRECT_N if DIRECT else TILE_N) % BLOCK_N
+                block = chunk + lowest_bit(todo)
+                todo = tl.where(first + (DIRECT_N if DIRECT else TILE_N) == BLOCK_N, todo & (todo - 1), todo)
+                part = first + tl.arange(0, DIRECT_N if DIRECT else TILE_N)
+                n = block * BLOCK_N + part
+                of_terms = terms + block * TERMS * BLOCK_N + part
+                q = load_rows(ordered_query, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                do = load_rows(weighted_grads, n, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                delta = tl.load(of_terms + DELTA * BLOCK_N)
+                if plan is not None:
+                    # A key outside a block's window has no part in its softmax.
+                    left, top, right, bottom = window_of_block(plan, queries, block, s, scales, 0, 0)
+                # [KEYS, TILE_N or DIRECT_N]
+                logits = dot(k, tl.trans(q), None, PRECISION)
+                if DIRECT:
+                    p_x = tl.load(of_terms + PRECISION_X * BLOCK_N) * LOG2E
+                    p_y = tl.load(of_terms + PRECISION_Y * BLOCK_N) * LOG2E
+                    c_x = tl.load(of_terms + CENTER_X * BLOCK_N)
+                    c_y = tl.load(of_terms + CENTER_Y * BLOCK_N)
+                    n_x = nearest_cell(c_x, valid_width)
+                    n_y = nearest_cell(c_y, valid_height)
+                    logits = logits * log2_scale - tl.load(of_terms + LOG_SUM * BLOCK_N)[None, :]
+                    # Here and below, computed again rather than kept through the loops.
+                    column, line, of_grid, inside = keys_of_tile(
+                        opaque(tile), first_key, valid_height, valid_width, width, KEYS
+                    )
+                    if key_padding_mask is not None:
+                        inside &= tl.load(key_padding_mask + b * keys + of_grid) == 0
+                    if plan is not None:
+                        inside &= (column >= left) & (column < right) & (line >= top) & (line < bottom)
+                    from_x = column.to(tl.float32)[:, None] - n_x[None, :]
+                    from_y = line.to(tl.float32)[:, None] - n_y[None, :]
+                    logits -= direct_prior(p_x[None, :], from_x, (c_x - n_x)[None, :])
+                    logits -= direct_prior(p_y[None, :], from_y, (c_y - n_y)[None, :])
+                    p = tl.where(inside[:, None], tl.exp2(logits), 0.0)
+                else:
+                    prior = tl.load(coefficients + n[:, None] * 16 + tl.arange(0, 16)[None, :])
+                    logits = dot(features, tl.trans(prior), logits, PRECISION)
+                    if plan is None:
+                        p = tl.exp2(logits * log2_scale)
+                    else:
+                        inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+                        p = tl.exp2(logits * log2_scale + tl.where(inside, 0.0, -1e30)[:, None])
+                dp = dot(v, tl.trans(do), None, PRECISION)
+                if seed is not None:
+                    row = tl.minimum(n, queries - 1)
+                    if plan is not None:
+                        row = tl.load(plan + row)
+                    row_key = dropout_row_key(drop_seed, batch_head, row)
+                    kept = keeps(row_key[None, :], dropout_key_key(key_index)[:, None], dropout_threshold)
+                    dp = tl.where(kept, dp, 0.0)
+                    dv = dot(tl.where(kept, p, 0.0).to(do.dtype), do, dv, PRECISION)
+                else:
+                    dv = dot(p.to(do.dtype), do, dv, PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = dot(ds.to(q.dtype), q, dk, PRECISION)
 
-            # [KEYS, BLOCK_N or BLOCK_DIRECT]
-            logits = dot(k, tl.trans(q), None, PRECISION)
-            logits = dot(features, tl.trans(coefficients), logits, PRECISION)
-            if DIRECT:
-                of_x = x.to(tl.float32)[:, None]
-                of_y = y.to(tl.float32)[:, None]
-                prior_x = direct_prior(p_x[None, :], of_x, c_x[None, :], d_x[None, :])
-                prior_y = direct_prior(p_y[None, :], of_y, c_y[None, :], d_y[None, :]) + log_sum[None, :]
-                p = tl.exp2((logits * scale - (prior_x + prior_y)) * LOG2E)
-            else:
-                p = tl.exp2(logits * log2_scale)
-            dp = dot(v, tl.trans(do), None, PRECISION)
-            if seed is not None:
-                row_key = dropout_row_key(drop_seed, batch_head, query_of_row(plan, n, queries))
-                kept = keeps(row_key[None, :], dropout_key_key(key_index)[:, None], dropout_threshold)
-                dp = tl.where(kept, dp, 0.0)
-                dv = dot(tl.where(kept, p, 0.0).to(do.dtype), do, dv, PRECISION)
-            else:
-                dv = dot(p.to(do.dtype), do, dv, PRECISION)
-            ds = p * (dp - delta[None, :])
-            dk = dot(ds.to(q.dtype), q, dk, PRECISION)
-    key_index = first_key + y * width + x
-    store_rows(grad_key + (b * dk_b + h * dk_h) * UNIT, key_index, dk_t * UNIT, dk * scale, in_grid, HEAD_DIM, BLOCK_D)
-    store_rows(grad_value + (b * dv_b + h * dv_h) * UNIT, key_index, dv_t * UNIT, dv, in_grid, HEAD_DIM, BLOCK_D)
+    batch_head = (opaque(tl.program_id(0)) // tiles_per_head).to(tl.int64)
+    b = batch_head // heads
+    h = batch_head % heads
+    grad_key += (b * dk_b + h * dk_h) * UNIT
+    grad_value += (b * dv_b + h * dv_h) * UNIT
+    _, _, key_index, real = keys_of_tile(opaque(tile), first_key, valid_height, valid_width, width, KEYS)
+    if partial_keys is None:
+        store_rows(grad_key, key_index, dk_t * UNIT, dk * scale, real, HEAD_DIM, BLOCK_D)
+        store_rows(grad_value, key_index, dv_t * UNIT, dv, real, HEAD_DIM, BLOCK_D)
+    else:
+        at = (tl.program_id(1) * (tl.num_programs(0) // tiles_per_head) + batch_head) * keys + key_index
+        store_rows(partial_keys, at, HEAD_DIM, dk * scale, real, HEAD_DIM, BLOCK_D)
+        store_rows(partial_values, at, HEAD_DIM, dv, real, HEAD_DIM, BLOCK_D)
+    outside = height * width - valid_height * valid_width
+    if tile * KEYS < outside:
+        u = tile * KEYS + tl.arange(0, KEYS)
+        column, line = cells_outside(u, valid_height, valid_width, width)
+        to = first_key + line * width + column
+        nothing = tl.zeros([KEYS, BLOCK_D], tl.float32)
+        if partial_keys is None:
+            store_rows(grad_key, to, dk_t * UNIT, nothing, u < outside, HEAD_DIM, BLOCK_D)
+            store_rows(grad_value, to, dv_t * UNIT, nothing, u < outside, HEAD_DIM, BLOCK_D)
+        else:
+            place = (tl.program_id(1) * (tl.num_programs(0) // tiles_per_head) + batch_head) * keys
+            store_rows(partial_keys, place + to, HEAD_DIM, nothing, u < outside, HEAD_DIM, BLOCK_D)
+            store_rows(partial_values, place + to, HEAD_DIM, nothing, u < outside, HEAD_DIM, BLOCK_D)

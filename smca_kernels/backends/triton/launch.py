@@ -10,19 +10,26 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smca_kernels.backends.triton import hopper, locality
-from smca_kernels.backends.triton.backward import PADDED, TERMS, key_major_kernel, prepare_kernel, query_major_kernel
+from smca_kernels.backends.triton.backward import TERMS, key_major_kernel, prepare_kernel, query_major_kernel
+from smca_kernels.backends.triton.channels import AXIS_ROWS, MASKED, MIDDLE, ONE_UNIT, SQUARE_UNIT
 from smca_kernels.backends.triton.forward import forward_kernel
+from smca_kernels.backends.triton.merge import (
+    merge_key_gradients_kernel,
+    merge_outputs_kernel,
+    merge_query_gradients_kernel,
+)
 from smca_kernels.backends.triton.windows import PATCH_H, PATCH_W, survey_kernel, window_kernel
 from smca_kernels.inputs import MAX_SCALES, AttentionInputs, SpatialShapes
 
-MIN_BLOCK = 32  # queries of a forward block, at least
-MAX_PLANNED_QUERIES = 30 * MIN_BLOCK  # backward.blocks_that_see
+MIN_BLOCK = 32  # queries of a block, at least
+MAX_PLANNED_QUERIES = 2048  # windows.place_in_strips
 # Pairs of a query and a key from which on a plan is made. At the limits of docs/cost.md these are some 15 µs of an
 # H100's forward pass, of which a plan may save half and whose two launches it costs.
 MIN_PLANNED_ELEMENTS = 2**25
@@ -31,70 +38,84 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Configuration:
-    block_n: int
-    tile_h: int
-    tile_w: int
+    """How a kernel is compiled. A block has as many queries in all kernels, as they share what is stored of it."""
+
+    block_n: int  # queries
+    keys: int  # of a tile
+    direct: int  # keys of a tile on the direct path; of the key-major kernel, queries
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread: what lets one more block run on an SM
+    blocks_per_sm: int = 1
+    tile_n: int = 64  # queries of a tile of the key-major kernel, a part of block_n
 
 
-# (kernel, bytes of an element, Hopper or newer) → head dimension up to which a configuration holds. Each is the
-# cheapest of those tried, in instructions per element, that spills no register at 32 and 64 (`smca cost`).
-CONFIGURATIONS: dict[tuple[str, int, bool], dict[int, Configuration]] = {
-    ("forward", 2, False): {
-        32: Configuration(64, 8, 8, 4, 2),
-        64: Configuration(64, 8, 8, 4, 1),
-        128: Configuration(64, 4, 8, 4, 1),
+# (kernel, Hopper or newer) → head dimension up to which a configuration holds, for half precision. Each is the fastest,
+# as simulated, of those tried that spill no register (`smca cost`).
+CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
+    ("forward", False): {
+        32: Configuration(64, 64, 32, 4, 3, 128, 4),
+        64: Configuration(64, 64, 32, 4, 3, 168, 3),
+        128: Configuration(64, 64, 16, 4, 2, None, 2),
     },
-    ("forward", 2, True): {
-        32: Configuration(64, 8, 16, 4, 2),
-        64: Configuration(64, 8, 8, 4, 2),
-        128: Configuration(64, 4, 8, 4, 2),
+    ("forward", True): {
+        32: Configuration(64, 64, 32, 4, 3, 128, 4),
+        64: Configuration(64, 64, 32, 4, 3, 168, 3),
+        128: Configuration(64, 64, 16, 4, 2, None, 2),
     },
-    ("query_major", 2, False): {
-        32: Configuration(64, 8, 8, 4, 1),
-        64: Configuration(64, 4, 8, 4, 1),
-        128: Configuration(64, 4, 4, 4, 1),
+    ("query_major", False): {
+        32: Configuration(64, 64, 16, 4, 3, 168, 3),
+        64: Configuration(64, 32, 16, 4, 3, 168, 3),
+        128: Configuration(64, 32, 16, 8, 2, None, 1),
     },
-    ("query_major", 2, True): {
-        32: Configuration(64, 8, 8, 4, 2),
-        64: Configuration(64, 8, 8, 4, 1),
-        128: Configuration(64, 4, 8, 4, 2),
+    ("query_major", True): {
+        32: Configuration(64, 64, 16, 4, 3, 128, 4),
+        64: Configuration(64, 64, 16, 4, 2, 168, 3),
+        128: Configuration(64, 32, 16, 4, 2, None, 2),
     },
-    ("key_major", 2, False): {
-        32: Configuration(32, 16, 8, 4, 1),
-        64: Configuration(32, 8, 8, 4, 1),
-        128: Configuration(64, 4, 8, 4, 2),
+    ("key_major", False): {  # up to 32: KEY_MAJOR_32
+        64: Configuration(64, 64, 16, 4, 3, None, 2, tile_n=32),
+        128: Configuration(64, 32, 16, 4, 2, None, 2),
     },
-    ("key_major", 2, True): {
-        32: Configuration(64, 8, 16, 4, 2),
-        64: Configuration(64, 8, 8, 4, 2),
-        128: Configuration(64, 4, 8, 4, 2),
+    ("key_major", True): {
+        32: Configuration(64, 64, 32, 4, 3, 168, 3),
+        64: Configuration(64, 64, 32, 4, 3, None, 2),
+        128: Configuration(64, 32, 16, 4, 2, 255, 2),
     },
 }
-# Where products are FMAs, of fp32 inputs and below sm_80 of all, the three kernels are alike.
-FMA_CONFIGURATIONS = {32: Configuration(32, 4, 4, 2, 1), 128: Configuration(32, 4, 4, 2, 2)}
-PREPARE_CONFIGURATION = Configuration(64, 1, 1, 4, 1)
-# A forward program holds half of an SM's registers. More splits than this cost more to merge than they save; fewer
-# tiles than this leave a split nothing to pipeline.
-RESIDENT_PROGRAMS = 2
-MAX_SPLITS = 16
-MIN_TILES = 4
+# (sm_80, with a plan) → that of the key-major kernel before Hopper: where ptxas has just what three blocks leave it,
+# whether it spills is luck.
+KEY_MAJOR_32 = {
+    (True, False): Configuration(64, 64, 16, 4, 3, None, 3),
+    (True, True): Configuration(64, 64, 16, 4, 3, 168, 3),
+    (False, False): Configuration(64, 64, 32, 4, 3, 168, 3),
+    (False, True): Configuration(64, 64, 16, 4, 3, None, 2),
+}
+# Where products are FMAs, of fp32 inputs and below sm_80 of all, the kernels are alike.
+FMA_CONFIGURATIONS = {
+    32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
+    128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
+}
+MAX_SPLITS = 32  # programs that share a block of queries or a tile of keys
+PROGRAM_TRIPS = 5.0  # what a program costs beside its trips over tiles, in such trips
+MERGED_ROWS = 16  # that a program merges: a part of every block_n
 TILED = ("forward", "query_major", "key_major")
 
-# Largest precision (per cell²) whose expanded prior is within a quarter of the dtype's rounding step: tiles.py.
-PRECISION_LIMITS = {torch.float16: 4.0, torch.bfloat16: 32.0, torch.float32: 0.0}
+# Largest term of the expanded prior: its error, 5 · 2⁻²³ of that, is at most about a rounding step of P (channels.py).
+DIRECT_LIMITS = {torch.float16: 1024.0, torch.bfloat16: 4096.0, torch.float32: 0.0}
 
 
-def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Configuration:
-    if kernel == "prepare":
-        return PREPARE_CONFIGURATION
-    if kernel in ("survey", "window"):
+def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, planned: bool = False) -> Configuration:
+    if kernel in ("prepare", "survey", "window"):
         # A window's arithmetic is per query: more warps would repeat it.
-        warps = 4 if kernel == "survey" else 1
-        return replace(configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1)
+        warps = 1 if kernel == "window" else 4
+        return replace(
+            configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
+        )
     by_fma = dtype == torch.float32 or arch < 80
-    by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, dtype.itemsize, arch >= 90]
+    if kernel == "key_major" and not by_fma and arch < 90 and head_dim <= 32:
+        return KEY_MAJOR_32[arch == 80, planned]
+    by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, arch >= 90]
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
 
 
@@ -106,15 +127,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def planned_tile(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
-    """(height, width) in cells that windows are multiples of: whole tiles of every kernel."""
-    chosen = [configuration(kernel, arch, dtype, head_dim) for kernel in TILED]
-    return max(c.tile_h for c in chosen), max(c.tile_w for c in chosen)
-
-
-def constants(
-    kernel: str, chosen: Configuration, arch: int, dtype: torch.dtype, head_dim: int, unit: int
-) -> dict[str, Any]:
+def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int) -> dict[str, Any]:
     """The compile-time arguments of a kernel."""
     arguments: dict[str, Any] = {
         "UNIT": unit,
@@ -124,27 +137,79 @@ def constants(
     }
     if kernel in TILED:
         arguments |= {
-            "TILE_H": chosen.tile_h,
-            "TILE_W": chosen.tile_w,
+            "KEYS": chosen.keys,
+            "STAGES": chosen.num_stages,
             "PRECISION": dot_precision(dtype),
             "DIRECT_ONLY": int(dtype == torch.float32),
         }
-    if kernel == "key_major":
-        arguments["BLOCK_DIRECT"] = chosen.block_n if dtype == torch.float32 else chosen.block_n // 2
-        arguments["PLAN_N"] = configuration("forward", arch, dtype, head_dim).block_n
-    if kernel == "window":
-        arguments["ALIGN_H"], arguments["ALIGN_W"] = planned_tile(arch, dtype, head_dim)
+        if kernel == "key_major":
+            arguments |= {"TILE_N": chosen.tile_n, "DIRECT_N": chosen.direct}
+        else:
+            arguments["DIRECT_KEYS"] = chosen.direct
     return arguments
 
 
-def launch_arguments(
-    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, unit: int
-) -> tuple[Configuration, dict[str, Any]]:
-    """The configuration of a kernel, and its compile-time arguments with Triton's launch options."""
-    arch = architecture(device)
-    chosen = configuration(kernel, arch, dtype, head_dim)
+def launch_options(chosen: Configuration) -> dict[str, Any]:
+    """What Triton compiles a configuration with, beside its compile-time arguments."""
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
-    return chosen, constants(kernel, chosen, arch, dtype, head_dim, unit) | options
+    return options if chosen.max_registers is None else options | {"maxnreg": chosen.max_registers}
+
+
+def launch_arguments(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    unit: int,
+    plain: bool = True,
+    planned: bool = False,
+) -> tuple[Configuration, dict[str, Any]]:
+    """The configuration of a kernel, and its compile-time arguments with Triton's launch options.
+
+    Where it is not `plain`, but has a mask or dropout, it takes as many registers as it needs.
+    """
+    chosen = configuration(kernel, architecture(device), dtype, head_dim, planned)
+    if not plain:
+        chosen = replace(chosen, max_registers=None)
+    return chosen, constants(kernel, chosen, dtype, head_dim, unit) | launch_options(chosen)
+
+
+def merge_arguments(chosen: Configuration, head_dim: int, unit: int) -> dict[str, Any]:
+    """Compile-time arguments and launch options for merging what a kernel's splits have left."""
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": MERGED_ROWS}
+    return sizes | {"BLOCK_N": chosen.block_n, "KEYS": chosen.keys, "num_warps": 2, "num_stages": 1}
+
+
+def position_table(device: torch.device) -> Tensor:
+    """Features of positions -255 to 255 and of keys that do not count (channels.py), [2, 1024, 8].
+
+    1024: along x, then along y. 2: float16, then the same numbers in bfloat16, whose bits the tensor shows as float16.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make_position_table(device)  # a graph must not own what other calls read
+    return _kept_position_table(device)
+
+
+@cache
+def _kept_position_table(device: torch.device) -> Tensor:
+    # A copy from the host is waited for, so that calls on other streams find it there.
+    return make_position_table(torch.device("cpu")).to(device)
+
+
+def make_position_table(device: torch.device) -> Tensor:
+    """Make what `position_table` returns, on a device."""
+    middle, rows, unit = MIDDLE.value, AXIS_ROWS.value, SQUARE_UNIT.value
+    position = torch.arange(1 - middle, rows - middle, device=device)
+    low = position.square() % 256
+    high = (position.square() - low) / unit
+    one = torch.full_like(high, ONE_UNIT.value)
+    table = high.new_zeros(2, rows, 8)
+    for axis in (0, 1):
+        columns = (high, high, low / unit, low / unit, position, position, one, one * axis)
+        table[axis, 1:] = torch.stack(columns, 1)
+    table[0, 0, 7] = MASKED.value
+    return torch.stack([table.half(), table.bfloat16().view(torch.float16)]).view(2, 2 * rows, 8)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -190,19 +255,19 @@ def dropout_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-def tiles_of_grids(spatial_shapes: SpatialShapes, tile_h: int, tile_w: int) -> int:
-    """Tiles that cover the grids of all scales."""
-    return sum(-(-height // tile_h) * -(-width // tile_w) for height, width in spatial_shapes)
-
-
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 0 on a CPU, where the interpreter runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-def splits_of(programs: int, tiles: int, multiprocessors: int) -> int:
-    """How many forward programs share the tiles of each block of queries, when there are `programs` blocks in all."""
-    return max(1, min(RESIDENT_PROGRAMS * multiprocessors // programs, tiles // MIN_TILES, MAX_SPLITS))
+def splits_of(programs: int, trips: int, blocks_per_sm: int, multiprocessors: int) -> int:
+    """How many programs share the trips of each of `programs` blocks or tiles: what fills the device's slots best."""
+    slots = multiprocessors * blocks_per_sm
+
+    def trips_until_the_end(splits: int) -> float:
+        return -(-programs * splits // slots) * (trips / splits + PROGRAM_TRIPS)
+
+    return min(range(1, min(MAX_SPLITS, trips) + 1), key=trips_until_the_end) if programs < 4 * slots else 1
 
 
 def plan_size(queries: int, scales: int) -> int:
@@ -239,12 +304,6 @@ def prior_heads(inputs: AttentionInputs) -> tuple[int, int, int]:
     return inputs.center.shape[1], inputs.precision.shape[1], 1 if weights is None else weights.shape[1]
 
 
-def factors(inputs: AttentionInputs) -> tuple[float, float, float, float, int]:
-    """The scale in the three forms that the kernels multiply by, the precision limit and the dropout threshold."""
-    scale, limit = inputs.scale, PRECISION_LIMITS[inputs.query.dtype]
-    return scale, scale * LOG2E, 1.0 / scale, limit, dropout_threshold(inputs.dropout_p)
-
-
 def plan(inputs: AttentionInputs) -> Tensor:
     """The order of the queries and the windows of their blocks, int32 [B, H, plan_size]: windows.py.
 
@@ -254,7 +313,7 @@ def plan(inputs: AttentionInputs) -> Tensor:
         inputs.query, inputs.key, inputs.center, inputs.precision, inputs.spatial_shapes,
     )  # fmt: skip
     (batch, heads, queries, head_dim), scales = query.shape, len(grids)
-    patches = tiles_of_grids(grids, PATCH_H.value, PATCH_W.value)
+    patches = sum(-(-height // PATCH_H.value) * -(-width // PATCH_W.value) for height, width in grids)
     norms = query.new_empty(batch, heads, patches, dtype=torch.float32)
     planned = query.new_empty(batch, heads, plan_size(queries, scales), dtype=torch.int32)
     sizes = inputs.keys_per_scale()
@@ -296,40 +355,50 @@ def read_plan(inputs: AttentionInputs) -> locality.Plan | None:
 
 
 def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, N, D], fp32 outputs per scale [B, H, N, S, D], log-sum-exp [B, H, N, S], and the plan.
+    """Output [B, H, N, D], fp32 outputs per scale [B, H, N, S, D], log-sum-exp in base 2 [B, H, N, S], and the plan.
 
     The plan [B, H, plan_size] is empty without a tolerance, and zeros where it doesn't pay.
     """
     inputs = laid_out(inputs)
     query, key, value = inputs.query, inputs.key, inputs.value
-    (batch, heads, queries, head_dim), grids = query.shape, inputs.spatial_shapes
-    scales = len(grids)
+    (batch, heads, queries, head_dim), spatial_shapes, dtype = query.shape, inputs.spatial_shapes, query.dtype
+    scales = len(spatial_shapes)
     planned = plan(inputs) if is_planned(inputs) else None
     out = torch.empty_like(query)
     scale_outputs = query.new_empty(batch, heads, queries, scales, head_dim, dtype=torch.float32)
     lse = query.new_empty(batch, heads, queries, scales, dtype=torch.float32)
     unit = stride_unit((query, key, value, out))
-    chosen, compile_time = launch_arguments("forward", query.device, query.dtype, head_dim, unit)
+    plain = seed is None and inputs.key_padding_mask is None
+    chosen, compile_time = launch_arguments("forward", query.device, dtype, head_dim, unit, plain)
     programs = batch * heads * -(-queries // chosen.block_n)
-    tiles = tiles_of_grids(grids, chosen.tile_h, chosen.tile_w)
-    splits = splits_of(programs, tiles, multiprocessors(query.device))
-    partial_outputs, partial_lse, arrivals = None, None, None
+    tiles = sum(-(-count // chosen.keys) for count in inputs.keys_per_scale())
+    splits = splits_of(programs, tiles, chosen.blocks_per_sm, multiprocessors(query.device))
+    partial_outputs, partial_lse = None, None
     if splits > 1:
-        partial_outputs = scale_outputs.new_empty(splits, *scale_outputs.shape)
-        partial_lse = lse.new_empty(splits, *lse.shape)
-        arrivals = query.new_zeros(programs, dtype=torch.int32)
+        partial_outputs = scale_outputs.new_empty(splits + scales - 1, batch, heads, queries, head_dim)
+        partial_lse = lse.new_empty(splits + scales - 1, batch, heads, queries)
+    grids = packed_grids(spatial_shapes)
     with device_of(query):
         forward_kernel[(programs, splits)](
             query, key, value, inputs.center, inputs.precision, inputs.scale_weights,
             inputs.valid_shapes, inputs.key_padding_mask, seed, planned,
-            out, scale_outputs, lse, partial_outputs, partial_lse, arrivals,
+            position_table(query.device),
+            out, scale_outputs, lse, partial_outputs, partial_lse,
             *outer_strides(query, unit), *outer_strides(key, unit), *outer_strides(value, unit),
             *outer_strides(out, unit),
             heads, *prior_heads(inputs), queries, key.shape[2], scales, plan_size(queries, scales),
-            *factors(inputs), dropout_scale(inputs.dropout_p),
-            *packed_grids(grids),
+            inputs.scale * LOG2E, 1.0 / inputs.scale, DIRECT_LIMITS[dtype],
+            dropout_threshold(inputs.dropout_p), dropout_scale(inputs.dropout_p),
+            *grids,
             **compile_time,
         )  # fmt: skip
+        if splits > 1:
+            merge_outputs_kernel[(batch * heads * -(-queries // MERGED_ROWS),)](
+                partial_outputs, partial_lse, inputs.scale_weights, inputs.valid_shapes, planned,
+                out, scale_outputs, lse, *outer_strides(out, unit),
+                heads, prior_heads(inputs)[2], queries, scales, plan_size(queries, scales), splits, *grids,
+                **merge_arguments(chosen, head_dim, unit),
+            )  # fmt: skip
     if planned is None:
         planned = query.new_zeros(plan_shape(inputs), dtype=torch.int32)
     return out, scale_outputs, lse, planned
@@ -367,11 +436,17 @@ def backward(
     def nothing() -> Tensor:
         return query.new_empty(0)
 
-    row_blocks = -(-queries // PADDED.value)
-    rows = row_blocks * PADDED.value
+    chosen, compile_time = launch_arguments("prepare", query.device, dtype, head_dim, 1)
+    blocks = -(-queries // chosen.block_n)
+    rows = blocks * chosen.block_n
     ordered_query = query.new_empty(batch, heads, rows, head_dim)
     weighted_grads = query.new_empty(batch, heads, scales, rows, head_dim)
+    coefficients = query.new_empty(batch, heads, scales, rows, 16, dtype=torch.float16)
     terms = query.new_empty(batch, heads, scales, rows, TERMS.value, dtype=torch.float32)
+    direct_blocks = query.new_empty(batch, heads, scales, blocks, dtype=torch.int32)
+    whole: tuple[Tensor | None, Tensor | None] = None, None
+    if plan is not None:
+        whole = torch.empty_like(coefficients), torch.empty_like(direct_blocks)
     grad_weights = nothing() if weights is None else torch.empty_like(lse)
     grad_query = torch.empty_like(query) if needs_query else nothing()
     grad_center = query.new_empty(batch, heads, queries, scales, 2, dtype=torch.float32) if needs_query else nothing()
@@ -379,37 +454,73 @@ def backward(
     grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if needs_key else (nothing(), nothing())
     gradients = [*([grad_query] if needs_query else []), *([grad_key, grad_value] if needs_key else [])]
     unit = stride_unit((key, value, *gradients))
-
-    shared = (
-        ordered_query, key, value, inputs.valid_shapes, inputs.key_padding_mask, seed, plan, weighted_grads, terms,
-    )  # fmt: skip
-    strides = outer_strides(key, unit) + outer_strides(value, unit)
     grids = packed_grids(inputs.spatial_shapes)
+    positions = position_table(query.device)
+    limits = 1.0 / inputs.scale, DIRECT_LIMITS[dtype]
+    factors = inputs.scale, inputs.scale * LOG2E, dropout_threshold(inputs.dropout_p)
+    of_inputs = ordered_query, key, value, inputs.valid_shapes, inputs.key_padding_mask, seed, plan, positions
+    strides = outer_strides(key, unit) + outer_strides(value, unit)
+    keys_per_scale = inputs.keys_per_scale()
+    plain = seed is None and inputs.key_padding_mask is None
     with device_of(query):
         row_unit = stride_unit((query, grad_out))
         chosen, compile_time = launch_arguments("prepare", query.device, dtype, head_dim, row_unit)
-        prepare_kernel[(batch * heads * (rows // chosen.block_n),)](
-            query, inputs.center, inputs.precision, grad_out, scale_outputs, weights,
-            lse, plan, ordered_query, weighted_grads, terms, None if weights is None else grad_weights,
+        prepare_kernel[(batch * heads * blocks,)](
+            query, inputs.center, inputs.precision, grad_out, scale_outputs, weights, inputs.valid_shapes, lse, plan,
+            ordered_query, weighted_grads, coefficients, terms, direct_blocks, *whole,
+            None if weights is None else grad_weights,
             *outer_strides(query, row_unit), *outer_strides(grad_out, row_unit),
-            heads, *prior_heads(inputs), queries, row_blocks, scales, size,
-            dropout_scale(inputs.dropout_p), 1.0 - inputs.dropout_p,
+            heads, *prior_heads(inputs), queries, scales, size,
+            *limits, dropout_scale(inputs.dropout_p), 1.0 - inputs.dropout_p, *grids,
             **compile_time,
         )  # fmt: skip
         if needs_key:
-            chosen, compile_time = launch_arguments("key_major", query.device, dtype, head_dim, unit)
-            tiles = tiles_of_grids(inputs.spatial_shapes, chosen.tile_h, chosen.tile_w)
-            key_major_kernel[(batch * heads * tiles,)](
-                *shared, grad_key, grad_value, *strides,
+            chosen, compile_time = launch_arguments(
+                "key_major", query.device, dtype, head_dim, unit, plain, plan is not None
+            )
+            tiles = sum(-(-count // chosen.keys) for count in keys_per_scale)
+            programs = batch * heads * tiles
+            splits = splits_of(programs, blocks, chosen.blocks_per_sm, multiprocessors(query.device))
+            partial_keys, partial_values = None, None
+            if splits > 1:
+                partial_keys = terms.new_empty(splits, batch, heads, keys, head_dim)
+                partial_values = torch.empty_like(partial_keys)
+            key_major_kernel[(programs, splits)](
+                *of_inputs, weighted_grads, terms, *(whole if plan is not None else (coefficients, direct_blocks)),
+                grad_key, grad_value, partial_keys, partial_values, *strides,
                 *outer_strides(grad_key, unit), *outer_strides(grad_value, unit),
-                heads, queries, row_blocks, keys, scales, tiles, size, *factors(inputs), *grids,
+                heads, queries, keys, scales, tiles, size, *factors, *grids,
                 **compile_time,
             )  # fmt: skip
+            if splits > 1:
+                compile_time = merge_arguments(chosen, head_dim, unit)
+                del compile_time["BLOCK_N"], compile_time["KEYS"]
+                merge_key_gradients_kernel[(batch * heads * -(-keys // MERGED_ROWS),)](
+                    partial_keys, partial_values, grad_key, grad_value,
+                    *outer_strides(grad_key, unit), *outer_strides(grad_value, unit), heads, keys, splits,
+                    **compile_time,
+                )  # fmt: skip
         if needs_query:
-            chosen, compile_time = launch_arguments("query_major", query.device, dtype, head_dim, unit)
-            query_major_kernel[(batch * heads * -(-queries // chosen.block_n),)](
-                *shared, grad_query, grad_center, grad_precision, *strides, *outer_strides(grad_query, unit),
-                heads, queries, row_blocks, keys, scales, size, *factors(inputs), *grids,
+            chosen, compile_time = launch_arguments("query_major", query.device, dtype, head_dim, unit, plain)
+            tiles = sum(-(-count // chosen.keys) for count in keys_per_scale)
+            programs = batch * heads * blocks
+            splits = splits_of(programs, tiles, chosen.blocks_per_sm, multiprocessors(query.device))
+            partial_queries, partial_sums = None, None
+            if splits > 1:
+                partial_queries = terms.new_empty(splits, batch, heads, queries, head_dim)
+                partial_sums = terms.new_empty(splits + scales - 1, batch, heads, queries, 4)
+            query_major_kernel[(programs, splits)](
+                *of_inputs, weighted_grads, terms, coefficients, direct_blocks,
+                grad_query, grad_center, grad_precision,
+                partial_queries, partial_sums, *strides, *outer_strides(grad_query, unit),
+                heads, queries, keys, scales, size, *factors, *grids,
                 **compile_time,
             )  # fmt: skip
+            if splits > 1:
+                merge_query_gradients_kernel[(batch * heads * -(-queries // MERGED_ROWS),)](
+                    partial_queries, partial_sums, inputs.precision, inputs.valid_shapes, plan,
+                    grad_query, grad_center, grad_precision, *outer_strides(grad_query, unit),
+                    heads, prior_heads(inputs)[1], queries, scales, size, splits, inputs.scale, *grids,
+                    **merge_arguments(chosen, head_dim, unit),
+                )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_center, grad_precision, grad_weights

@@ -15,8 +15,7 @@ from torch import Tensor
 from smca_kernels.backends.reference import cell_coordinates, ignored_keys
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
-# As the kernels have them for half precision and heads of 32 channels on an H100.
-BLOCK, TILE = 64, (8, 16)
+BLOCK = 64  # queries, as the kernels have them for half precision
 
 
 class Plan(NamedTuple):
@@ -52,7 +51,7 @@ class Plan(NamedTuple):
         return masks
 
 
-def plan(inputs: AttentionInputs, block: int = BLOCK, tile: tuple[int, int] = TILE) -> Plan:
+def plan(inputs: AttentionInputs, block: int = BLOCK) -> Plan:
     """Plan what the kernels compute of some inputs; in float32, or in center's float64.
 
     A window also ends at the image's edge (valid_shapes).
@@ -60,7 +59,6 @@ def plan(inputs: AttentionInputs, block: int = BLOCK, tile: tuple[int, int] = TI
     Args:
         inputs: with a mass_tolerance in (0, 1).
         block: queries of a block.
-        tile: (height, width) in cells that windows are multiples of.
     """
     dtype = torch.promote_types(inputs.center.dtype, torch.float32)
     tensors = inputs.query, inputs.key, inputs.center, inputs.precision
@@ -80,7 +78,7 @@ def plan(inputs: AttentionInputs, block: int = BLOCK, tile: tuple[int, int] = TI
             query, keys[s], center[..., s, :], precision[..., s, :], (height, width), size,
             padding[s], inputs.scale, inputs.mass_tolerance,
         )  # fmt: skip
-        windows.append(block_windows(edges, order, size, block, tile))
+        windows.append(block_windows(edges, order, size, block))
     return Plan(order, torch.stack(windows, 3), block)
 
 
@@ -185,15 +183,13 @@ def reach(
     return torch.where(distance > 0, near, far), torch.where(distance > 0, far, near)
 
 
-def block_windows(edges: Tensor, order: Tensor, size: Tensor, block: int, tile: tuple[int, int]) -> Tensor:
-    """The smallest windows on tile boundaries, cut to the image, of each block of queries: [B, H, blocks, 4] int64."""
+def block_windows(edges: Tensor, order: Tensor, size: Tensor, block: int) -> Tensor:
+    """The smallest windows, cut to the image, of each block of queries: [B, H, blocks, 4] int64."""
     edges = edges.gather(2, order[..., None].expand(*order.shape, 4))
     size = size[:, None]
-    steps = torch.tensor([tile[1], tile[0]], device=edges.device)
     windows = []
     for part in edges.split(block, 2):
-        end = (part[..., 2:].amax(2).clamp(max=2**31) / steps).ceil().long() * steps
-        end = torch.minimum(end, size)
-        first = part[..., :2].amin(2).clamp(min=0, max=2**31).long() // steps * steps
+        end = torch.minimum(part[..., 2:].amax(2).clamp(max=2**31).long(), size)
+        first = part[..., :2].amin(2).clamp(min=0, max=2**31).long()
         windows.append(torch.cat((torch.minimum(first, end), end), -1))
     return torch.stack(windows, 2)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from smca_kernels.backends.folding import folding_rule, in_transform, one_by_one_rule, save_nothing, transformable
-from smca_kernels.backends.reference import zeroed
 from smca_kernels.backends.triton import hopper, launch
-from smca_kernels.backends.triton.tiles import INTERPRETED
+from smca_kernels.backends.triton.channels import INTERPRETED
 from smca_kernels.inputs import DIFFERENTIABLE, SCHEMA, AttentionInputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -136,10 +135,7 @@ _transformable_backward = transformable(_backward, _backward_rule, save_nothing,
 
 def attention(inputs: AttentionInputs) -> Tensor:
     """The output [B, H, N, D] of the backend "triton"."""
-    query, weights, ignored = inputs.query, inputs.scale_weights, inputs.key_padding_mask
-    # A weight of 0 times NaN would be NaN. Loading ignored keys as zeros would cost the kernels up to half as many
-    # instructions again, on sm_80; beyond valid_shapes they load nothing.
-    key, value = zeroed(inputs.key, ignored), zeroed(inputs.value, ignored)
+    query, weights = inputs.query, inputs.scale_weights
     seed = None
     if inputs.dropout_p > 0.0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
@@ -148,7 +144,7 @@ def attention(inputs: AttentionInputs) -> Tensor:
     if not (torch.compiler.is_compiling() or launch.is_planned(inputs)):
         mass_tolerance = 0.0
     out: Tensor = (_transformable_forward if in_transform() else _forward)(
-        query, key, value, inputs.center.float(), inputs.precision.float(),
+        query, inputs.key, inputs.value, inputs.center.float(), inputs.precision.float(),
         None if weights is None else weights.float(), *rest, mass_tolerance, seed,
     )[0]  # fmt: skip
     return out

@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from smca_kernels.backends.folding import folding_rule, in_transform, save_nothing, transformable
+from smca_kernels.backends.triton.channels import INTERPRETED, grid_of_scale
 from smca_kernels.backends.triton.launch import device_of, last_axis_contiguous, packed_grids
 from smca_kernels.backends.triton.operator import DTYPES
-from smca_kernels.backends.triton.tiles import INTERPRETED, grid_of_scale
 from smca_kernels.inputs import SpatialShapes, shapes_of_sides
 
 # Nothing that changes with the sizes of a batch may start a compilation. What a module is made with may.

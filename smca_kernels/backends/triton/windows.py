@@ -1,12 +1,12 @@
 """Which keys a block of queries needs: one window, a rectangle of cells, for each block and scale.
 
-For a query with centre c and precision p let d be c's distance from k*, the image's nearest cell (tiles.py), V the
+For a query with centre c and precision p let d be c's distance from k*, the image's nearest cell (channels.py), V the
 number of cells, A ≥ |scale q·k| for all of their keys, and g_x = p_x ((x - c_x)² - d_x²) ≥ 0, g_y alike. The cells with
 
     g_x > t or g_y > t        where   t = log(min(V, M) / tolerance) + A - scale q·k*
 
 hold at most `tolerance` of the query's softmax: docs/locality.md proves it, and says what M is. A query's window is the
-rest, a rectangle around k*; that of a block is the smallest on tile boundaries that holds those of its queries.
+rest, a rectangle around k*; that of a block is the smallest that holds those of its queries.
 
 `survey_kernel` finds the largest norm of the keys of each patch of PATCH_H × PATCH_W cells, and an order of the queries
 that makes neighbours of those that look at the same place: in strips across the image, alternately to the right and to
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from smca_kernels.backends.triton.tiles import from_nearest_cell, grid_of_scale, load_rows, tile_coordinates, valid_part
+from smca_kernels.backends.triton.channels import grid_of_scale, load_rows, nearest_cell, valid_part
 
 PATCH_H = tl.constexpr(8)
 PATCH_W = tl.constexpr(32)
@@ -76,9 +76,9 @@ def norm_of_cells(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The largest norm of the keys of one patch of scale s that count."""
-    column, row = tile_coordinates(PATCH_H, PATCH_W)
-    x = patch % tl.cdiv(width, PATCH_W) * PATCH_W + column
-    y = patch // tl.cdiv(width, PATCH_W) * PATCH_H + row
+    i = tl.arange(0, PATCH_H * PATCH_W)
+    x = patch % tl.cdiv(width, PATCH_W) * PATCH_W + i % PATCH_W
+    y = patch // tl.cdiv(width, PATCH_W) * PATCH_H + i // PATCH_W
     valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
     ignored = (x >= valid_width) | (y >= valid_height)
     key_index = first_key + tl.minimum(y, height - 1) * width + tl.minimum(x, width - 1)
@@ -222,8 +222,6 @@ def window_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ALIGN_H: tl.constexpr,
-    ALIGN_W: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, BLOCK_N)
     s = tl.program_id(0) % scales
@@ -256,10 +254,8 @@ def window_kernel(
     c_y = tl.load(center + 1)
     p_x = tl.load(precision)
     p_y = tl.load(precision + 1)
-    d_x = from_nearest_cell(c_x, valid_width)
-    d_y = from_nearest_cell(c_y, valid_height)
-    nearest_x = c_x - d_x
-    nearest_y = c_y - d_y
+    nearest_x = nearest_cell(c_x, valid_width)
+    nearest_y = nearest_cell(c_y, valid_height)
     # Also an index for a centre that is not a number.
     column = tl.minimum(tl.maximum(nearest_x, 0.0), width - 1.0).to(tl.int32)
     row = tl.minimum(tl.maximum(nearest_y, 0.0), height - 1.0).to(tl.int32)
@@ -273,8 +269,8 @@ def window_kernel(
     outside = tl.minimum(outside, valid_height.to(tl.float32) * valid_width)
     t = log_tolerance + tl.log(tl.maximum(outside, 1.0)) + bound - scale * tl.sum(q * k, 1) + 0.004
     t = tl.where(t < EVERYWHERE, t, EVERYWHERE)
-    left, right = reach(p_x, d_x, t)
-    up, down = reach(p_y, d_y, t)
+    left, right = reach(p_x, c_x - nearest_x, t)
+    up, down = reach(p_y, c_y - nearest_y, t)
     known = (tl.abs(c_x) < FARTHEST) & (tl.abs(c_y) < FARTHEST) & (t < EVERYWHERE)
     if key_padding_mask is not None:
         known &= tl.load(key_padding_mask + b * keys + nearest) == 0
@@ -284,10 +280,10 @@ def window_kernel(
     y0 = tl.min(tl.where(known, tl.maximum(tl.ceil(nearest_y - up - 0.25), 0.0), 0.0), 0).to(tl.int32)
     x1 = tl.max(tl.where(known, tl.minimum(tl.floor(nearest_x + right + 0.25) + 1.0, width), width), 0).to(tl.int32)
     y1 = tl.max(tl.where(known, tl.minimum(tl.floor(nearest_y + down + 0.25) + 1.0, height), height), 0).to(tl.int32)
-    x1 = tl.minimum(tl.cdiv(x1, ALIGN_W) * ALIGN_W, valid_width)
-    y1 = tl.minimum(tl.cdiv(y1, ALIGN_H) * ALIGN_H, valid_height)
+    x1 = tl.minimum(x1, valid_width)
+    y1 = tl.minimum(y1, valid_height)
     at = plan + queries + (block * scales + s) * 4
-    tl.store(at, tl.minimum(x0 // ALIGN_W * ALIGN_W, x1))
-    tl.store(at + 1, tl.minimum(y0 // ALIGN_H * ALIGN_H, y1))
+    tl.store(at, tl.minimum(x0, x1))
+    tl.store(at + 1, tl.minimum(y0, y1))
     tl.store(at + 2, x1)
     tl.store(at + 3, y1)

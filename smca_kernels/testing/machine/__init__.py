@@ -29,10 +29,10 @@ What is checked, and reported as a fault of a kind of `memory.KINDS`:
 - proxy fences: a wgmma that reads what was written with no fence.proxy.async since;
 - synccheck: barriers that a part of a warp or of a CTA reaches.
 
-What is exact. Fused multiply-add rounds once. ex2, lg2, rcp, sqrt, rsqrt and div.full are correctly rounded, or err by
-as much as PTX lets them (`arithmetic.perturbed`). Products of tensor cores are exact and their sums rounded once, or
-aligned and cut as the hardware has been measured to (`tensor_cores.truncating`). tf32 operands are cut to 19 bits.
-NaN of min and max, .ftz and saturation are as in the PTX manual. A NaN's bits are those of x86.
+What is exact. Fused multiply-add rounds once. ex2, lg2, rcp, sqrt, rsqrt, div.full and div.approx are correctly
+rounded, or err by as much as PTX lets them (`arithmetic.perturbed`). Products of tensor cores are exact and their sums
+rounded once, or aligned and cut as the hardware has been measured to (`tensor_cores.truncating`). tf32 operands are cut
+to 19 bits. NaN of min and max, .ftz and saturation are as in the PTX manual. A NaN's bits are those of x86.
 
 What is outside. ptxas: what it makes of this PTX, its bugs and its serialised wgmma. Timing, all of it. Warps that run
 apart between barriers (the shadow state reports what they could do to each other). A global read that a later write of

@@ -133,6 +133,7 @@ def _mad(e: Emitter) -> None:
 # Whole opcodes: function, and the type of the result where it is another.
 FUNCTIONS = {
     "fma.rn.f32": "A.fma32", "fma.rn.ftz.f32": "A.fma32_ftz", "div.full.f32": "A.div32_full", "div.rn.f32": "A.div32",
+    "div.approx.f32": "A.div32_full",
     "min.f32": "A.min32", "max.f32": "A.max32", "neg.f32": "negative", "abs.f32": "absolute",
     "rcp.rn.f32": "A.rcp_rn", "sqrt.rn.f32": "A.sqrt_rn", "prmt.b32": "A.prmt", "brev.b32": "A.brev",
     "popc.b32": "A.popc", "clz.b32": "A.clz", "not.pred": "logical_not",

@@ -79,6 +79,7 @@ def compile_kernel(
     num_warps: int,
     num_stages: int,
     attrs: dict[Any, Any] | None = None,
+    max_registers: int | None = None,
 ) -> Any:
     """Compile a Triton kernel for an architecture without a GPU, through Triton's own cache.
 
@@ -89,6 +90,7 @@ def compile_kernel(
         target_cc: compute capability as an integer, e.g. 90.
         num_warps, num_stages: launch options.
         attrs: argument properties as `ASTSource` takes them, e.g. {(0,): [["tt.divisibility", 16]]}.
+        max_registers: launch option: of a thread.
 
     Returns:
         triton.compiler.CompiledKernel
@@ -104,7 +106,9 @@ def compile_kernel(
         raise RuntimeError(f"{function!r} can't be compiled: unset TRITON_INTERPRET before triton is imported")
     complete = {name: signature.get(name, "constexpr") for name in function.arg_names}
     source = ASTSource(function, complete, constexprs, attrs or {})
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     return triton.compile(source, target=GPUTarget("cuda", target_cc, 32), options=options)
 
 

@@ -30,22 +30,25 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.flo
 ARGUMENT_TYPES: dict[str, str] = {
     **dict.fromkeys(("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"), "*input"),
     **dict.fromkeys(("ordered_query", "weighted_grads"), "*input"),
+    **dict.fromkeys(("positions", "coefficients", "whole_coefficients"), "*fp16"),
     **dict.fromkeys(("center", "precision", "scale_weights", "grad_center", "grad_precision", "grad_weights"), "*fp32"),
     **dict.fromkeys(("scale_outputs", "lse", "partial_outputs", "partial_lse", "terms", "norms"), "*fp32"),
+    **dict.fromkeys(("partial_queries", "partial_sums", "partial_keys", "partial_values"), "*fp32"),
     **dict.fromkeys(("valid_shapes", "seed"), "*i64"),
-    **dict.fromkeys(("plan", "arrivals"), "*i32"),
+    **dict.fromkeys(("plan", "direct_blocks", "whole_direct_blocks"), "*i32"),
     "key_padding_mask": "*u8",
     **dict.fromkeys(("q_b", "q_h", "q_n", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "o_b", "o_h", "o_n"), "i32"),
     **dict.fromkeys(("dq_b", "dq_h", "dq_n", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t"), "i32"),
     **dict.fromkeys(("heads", "center_heads", "precision_heads", "weight_heads"), "i32"),
-    **dict.fromkeys(("queries", "keys", "scales", "row_blocks", "tiles_per_head", "patches_per_head"), "i32"),
+    **dict.fromkeys(("queries", "keys", "scales", "tiles_per_head", "patches_per_head"), "i32"),
     **dict.fromkeys(("plan_size", "widest", "dropout_threshold"), "i32"),
-    **dict.fromkeys(("scale", "log2_scale", "inverse_scale", "precision_limit"), "fp32"),
+    **dict.fromkeys(("scale", "log2_scale", "inverse_scale", "direct_limit"), "fp32"),
     **dict.fromkeys(("dropout_scale", "keep_p", "log_tolerance"), "fp32"),
     **dict.fromkeys(("g0", "g1", "g2", "g3", "g4", "g5", "g6", "g7"), "i64"),
 }
 # Optional arguments that a launch without mask, dropout and split work leaves out.
-ABSENT = ("key_padding_mask", "seed", "partial_outputs", "partial_lse", "arrivals")
+SPLIT = ("partial_outputs", "partial_lse", "partial_queries", "partial_sums", "partial_keys", "partial_values")
+ABSENT = ("key_padding_mask", "seed", *SPLIT)
 FULL_WORKLOAD_KEYS = 50 * 84 + 25 * 42 + 13 * 21
 
 
@@ -65,6 +68,7 @@ class Specialization:
     tensor_flops_per_element: int
     elements_per_program: int = 0  # without such a loop: its queries × the keys of the `full` workload; 0: of a plan
     rare_loops: int = 0  # loops that only unusual inputs take: the direct path
+    max_registers: int | None = None  # of a thread
 
 
 def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization]:
@@ -75,16 +79,16 @@ def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization
 
 def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str, function: Any) -> Specialization:
     torch_dtype = TORCH_DTYPES[dtype]
-    chosen = configuration(name, arch, torch_dtype, head_dim)
     planned = pass_.startswith("planned")
+    chosen = configuration(name, arch, torch_dtype, head_dim, planned)
     absent = ABSENT if planned else (*ABSENT, "plan")
-    constexprs = constants(name, chosen, arch, torch_dtype, head_dim, unit=8)
+    constexprs = constants(name, chosen, torch_dtype, head_dim, unit=8)
     constexprs |= {argument: None for argument in absent if argument in function.arg_names}
     signature = {
         argument: "constexpr" if argument in constexprs else ARGUMENT_TYPES[argument].replace("input", dtype)
         for argument in function.arg_names
     }
-    flops = {"forward": 4 * head_dim + 48, "query_major": 6 * head_dim + 64, "key_major": 8 * head_dim + 32}
+    flops = {"forward": 4 * head_dim + 32, "query_major": 6 * head_dim + 64, "key_major": 8 * head_dim + 32}
     return Specialization(
         kernel=f"planned {name}" if planned and name in (*TILED, "prepare") else name,
         pass_=pass_,
@@ -98,7 +102,8 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
         },
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        elements_per_iteration=chosen.block_n * chosen.tile_h * chosen.tile_w if name in TILED else 0,
+        max_registers=chosen.max_registers,
+        elements_per_iteration=chosen.tile_n * chosen.keys if name in TILED else 0,
         tensor_flops_per_element=flops.get(name, 0),
         elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "prepare" else 0,
         rare_loops=int(name in TILED and torch_dtype != torch.float32),

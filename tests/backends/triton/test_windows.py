@@ -47,14 +47,12 @@ def elements(inputs: CaseInputs) -> int:
 
 def twin_windows(inputs: CaseInputs, tolerance: float, like: locality.Plan, factor: float = 1.0) -> Tensor:
     """The twin's windows in float64 for the order and blocks of a plan, with every threshold t times a factor."""
-    arch = launch.architecture(inputs.query.device)
-    tile = launch.planned_tile(arch, inputs.query.dtype, inputs.query.shape[3])
     thresholds = locality.thresholds
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locality, "thresholds", lambda *arguments: thresholds(*arguments) * factor)
         patch.setattr(locality, "order_of", lambda *_: like.order)
         wide = dataclasses.replace(inputs.double(), mass_tolerance=tolerance)
-        plan = locality.plan(wide, block=like.block, tile=tile)
+        plan = locality.plan(wide, block=like.block)
     return plan.windows
 
 
@@ -143,16 +141,8 @@ def test_windows_are_the_twin_s_to_the_cell(
     tolerance: float,
     device: torch.device,
     generator: torch.Generator,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch, "planned_tile", lambda *_: (1, 1))
     assert_plan_is_the_twin_s(make_inputs(dataclasses.replace(case, dtype=dtype), generator, device), tolerance)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_windows_are_the_twin_s_to_the_tile(dtype: str, device: torch.device, generator: torch.Generator) -> None:
-    case = Case("", ((33, 40), (9, 9)), heads=2, queries=40, prior="narrow", dtype=dtype)
-    assert_plan_is_the_twin_s(make_inputs(case, generator, device), 0.5)
 
 
 def prior_of_width(fraction: float, dtype: str, generator: torch.Generator) -> CaseInputs:
@@ -167,7 +157,7 @@ def prior_of_width(fraction: float, dtype: str, generator: torch.Generator) -> C
 
 
 def computed_of_pyramid(inputs: CaseInputs) -> float:
-    """Elements that the twin computes with blocks and tiles as on an H100, as a fraction of all."""
+    """Elements that the twin computes with blocks as on a GPU, as a fraction of all."""
     return locality.plan(inputs).computed().sum().item() / elements(inputs)
 
 

@@ -60,6 +60,7 @@ class Specialization:
     tensor_flops_per_element: int = 0
     elements_per_program: int = 0
     rare_loops: int = 0
+    max_registers: int | None = None
 
 
 class EndsTheProcess(dict):  # type: ignore[type-arg]

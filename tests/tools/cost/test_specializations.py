@@ -41,7 +41,7 @@ def test_table_of_types_names_each_argument_once() -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_pointers_to_inputs_take_their_dtype(dtype: str) -> None:
     (forward,) = (each for each in specializations.specializations(80, dtype, 32) if each.pass_ == "forward")
-    kinds = [forward.signature[name] for name in ("query", "out", "lse", "valid_shapes", "g0", "heads", "scale")]
+    kinds = [forward.signature[name] for name in ("query", "out", "lse", "valid_shapes", "g0", "heads", "log2_scale")]
     assert kinds == [f"*{dtype}", f"*{dtype}", "*fp32", "*i64", "i64", "i32", "fp32"]
 
 
@@ -86,46 +86,36 @@ def test_no_spills(arch: int, dtype: str, head_dim: int, real_rows: RowsOf):
         assert (row["kernel"], row["spill_bytes"], row["local_bytes"]) == (row["kernel"], 0, 0)
 
 
+# 10¹² attention elements per second, as simulated: plain flash attention has 1.3 / 2.8, 1.1 / 3.1 and 0.74 / 1.9.
+SPEED_BARS = {
+    (80, "forward"): 1.0, (90, "forward"): 2.2,
+    (80, "query_major"): 0.7, (90, "query_major"): 1.5,
+    (80, "key_major"): 0.72, (90, "key_major"): 1.9,
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize(
-    ("arch", "pass_", "bar"),
-    [
-        *((80, "forward", 10.0), (90, "forward", 9.0), (80, "backward", 32.0), (90, "backward", 26.0)),
-        *((80, "planned forward", 10.0), (90, "planned forward", 9.0)),
-        *((80, "planned backward", 32.0), (90, "planned backward", 26.0)),
-    ],
-)
-def test_instructions_per_element_stay_under_the_bar(arch: int, pass_: str, bar: float, dtype: str, real_rows: RowsOf):
-    rows = [row for row in real_rows(arch, dtype, 32) if row["pass"] == pass_]
-    # A pass of several kernels ends with their total.
-    assert rows[-1]["kernel"] == f"{pass_} total" or len(rows) == 1
-    assert rows[-1]["instructions_per_element"] <= bar
+@pytest.mark.parametrize(("arch", "kernel"), SPEED_BARS)
+def test_kernels_are_as_fast_as_their_bars(arch: int, kernel: str, dtype: str, real_rows: RowsOf):
+    (row,) = (row for row in real_rows(arch, dtype, 32) if row["kernel"] == kernel)
+    assert row["elements_per_second"] >= SPEED_BARS[arch, kernel] * 1e12
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-def test_a_plan_adds_at_most_half_an_instruction_per_element(arch: int, real_rows: RowsOf):
-    def total(pass_: str) -> float:
-        rows = [row for row in real_rows(arch, "bf16", 32) if row["pass"] == pass_]
-        return rows[-1]["instructions_per_element"]
-
-    for pass_ in ("forward", "backward"):
-        assert total(f"planned {pass_}") - total(pass_) <= 0.5
+def test_a_plan_costs_a_kernel_at_most_a_fifth_of_its_speed(arch: int, real_rows: RowsOf):
+    speeds = {row["kernel"]: row["elements_per_second"] for row in real_rows(arch, "bf16", 32)}
+    for kernel in ("forward", "query_major", "key_major"):
+        assert speeds[f"planned {kernel}"] >= 0.8 * speeds[kernel]
 
 
-SERIALIZED = pytest.mark.xfail(
-    strict=True, reason="C7515: ptxas serialises the wgmma of the forward and key-major kernels"
-)
 WARNING_CASES = [
-    pytest.param(
-        arch, head_dim, kernel,
-        marks=SERIALIZED if arch == 90 and kernel in ("forward", "key_major") else (),
-    )
+    (arch, head_dim, kernel)
     for arch in (80, 90)
     for head_dim in (32, 64)
     for kernel in ("forward", "query_major", "key_major", "prepare")
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
