@@ -43,6 +43,7 @@ from smca_kernels.backends.triton.channels import (
     opaque,
     prior_coefficients,
     queries_of_block,
+    rounded,
     run_of_split,
     store_rows,
     tiles_of_block,
@@ -131,7 +132,7 @@ def prepare_kernel(
             tl.store(grad_weights + at, tl.sum(grad * output, 1), mask=real)
             factor *= tl.load(scale_weights + ((b * weight_heads + h % weight_heads) * queries + n) * scales + s)
         # δ' must see dO' as rounded: dP - δ' cancels where one key has all the mass.
-        weighted = (grad * factor[:, None]).to(grad_out.dtype.element_ty)
+        weighted = rounded(grad * factor[:, None], grad_out.dtype.element_ty)
         delta = tl.sum(weighted.to(tl.float32) * keep_p * output, 1)
         log_sum = tl.load(lse + at, mask=real, other=0.0)
         at = (((b * center_heads + h % center_heads) * queries + n) * scales + s) * 2
@@ -275,6 +276,7 @@ def query_major_kernel(
                     i = tl.arange(0, 16)[None, :]
                     prior = tl.load(coefficients + (of_scale * rows + row)[:, None] * 16 + i)
                     moments = tl.zeros([BLOCK_N, 16], tl.float32)
+                    p_moments = tl.zeros([BLOCK_N, 16], tl.float32)
                     x = x0 + (first + tl.arange(0, KEYS)) % across
                     y = y0 + (first + tl.arange(0, KEYS)) // across
                     for start in tl.range(first, count, KEYS, num_stages=STAGES):
@@ -293,9 +295,10 @@ def query_major_kernel(
                         if seed is not None:
                             kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                             dp = tl.where(kept, dp, 0.0)
-                        ds = (p * (dp - delta[:, None])).to(k.dtype)
+                        ds = rounded(p * (dp - delta[:, None]), k.dtype)
                         dq = dot(ds, k, dq, PRECISION)
                         moments = dot(ds, of_moments, moments, PRECISION)
+                        p_moments = dot(rounded(p, k.dtype), of_moments, p_moments, PRECISION)
                         x, y = next_cells(x, y, x1, across, KEYS)
                     # Here and below, computed again rather than kept through the loops.
                     of_terms = terms_of_block(terms, of_scale * blocks + opaque(block), BLOCK_N)
@@ -303,6 +306,10 @@ def query_major_kernel(
                     c_y = tl.load(of_terms + CENTER_Y * BLOCK_N)
                     n_x = nearest_cell(c_x, valid_width) - origin_x
                     n_y = nearest_cell(c_y, valid_height) - origin_y
+                    # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
+                    total_p = tl.sum(tl.where(i == 6, p_moments, 0.0), 1)
+                    error = tl.sum(tl.where(i == 6, moments, 0.0), 1) / tl.where(total_p == 0.0, 1.0, total_p)
+                    moments -= error[:, None] * p_moments
                     total = tl.sum(tl.where(i == 6, moments, 0.0), 1) / ONE_UNIT
                     first_x = tl.sum(tl.where(i == 4, moments, 0.0), 1) - n_x * total
                     first_y = tl.sum(tl.where(i == 12, moments, 0.0), 1) - n_y * total
@@ -339,7 +346,7 @@ def query_major_kernel(
                         kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                         dp = tl.where(kept, dp, 0.0)
                     ds = p * (dp - delta[:, None])
-                    dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+                    dq = dot(rounded(ds, k.dtype), k, dq, PRECISION)
                     first_x += tl.sum(ds * from_x, 1)
                     first_y += tl.sum(ds * from_y, 1)
                     second_x += tl.sum(ds * from_x * from_x, 1)
@@ -571,11 +578,11 @@ def key_major_kernel(
                     row_key = dropout_row_key(drop_seed, batch_head, row)
                     kept = keeps(row_key[None, :], dropout_key_key(key_index)[:, None], dropout_threshold)
                     dp = tl.where(kept, dp, 0.0)
-                    dv = dot(tl.where(kept, p, 0.0).to(do.dtype), do, dv, PRECISION)
+                    dv = dot(rounded(tl.where(kept, p, 0.0), do.dtype), do, dv, PRECISION)
                 else:
-                    dv = dot(p.to(do.dtype), do, dv, PRECISION)
+                    dv = dot(rounded(p, do.dtype), do, dv, PRECISION)
                 ds = p * (dp - delta[None, :])
-                dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+                dk = dot(rounded(ds, q.dtype), q, dk, PRECISION)
 
     batch_head = (opaque(tl.program_id(0)) // tiles_per_head).to(tl.int64)
     b = batch_head // heads

@@ -50,6 +50,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in the dtype of an operand; the interpreter would cut fp32 off to bfloat16 where a GPU rounds to nearest."""
+    if INTERPRETED and x.dtype == tl.float32 and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, nearest, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
 # --- rows of a matrix ---
 
 
@@ -77,7 +87,7 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 def store_rows(base, rows, stride, values, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     at = base + rows[:, None].to(tl.int64) * stride + d[None, :]
-    tl.store(at, values.to(base.dtype.element_ty), mask=mask[:, None] & (d[None, :] < HEAD_DIM))
+    tl.store(at, rounded(values, base.dtype.element_ty), mask=mask[:, None] & (d[None, :] < HEAD_DIM))
 
 
 # --- which keys: grids, windows and runs of them ---

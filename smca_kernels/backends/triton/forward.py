@@ -38,6 +38,7 @@ from smca_kernels.backends.triton.channels import (
     opaque,
     prior_coefficients,
     queries_of_block,
+    rounded,
     run_of_split,
     store_rows,
     tiles_of_block,
@@ -168,7 +169,7 @@ def forward_kernel(
                     if seed is not None:
                         kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                         p = tl.where(kept, p, 0.0)
-                    acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+                    acc = dot(rounded(p, v.dtype), v, acc * rescale[:, None], PRECISION)
                     m = m_new
                     x, y = next_cells(x, y, x1, across, KEYS)
                 # A row whose logits are all below where its maximum started may have no key that counts, or none near.
@@ -204,7 +205,7 @@ def forward_kernel(
                     if seed is not None:
                         kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                         p = tl.where(kept, p, 0.0)
-                    acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+                    acc = dot(rounded(p, v.dtype), v, acc * rescale[:, None], PRECISION)
                     m = m_new
                     column, row = next_cells(column, row, x1, across, DIRECT_KEYS)
 

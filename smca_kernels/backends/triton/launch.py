@@ -64,13 +64,13 @@ CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
         128: Configuration(64, 64, 16, 4, 2, None, 2),
     },
     ("query_major", False): {
-        32: Configuration(64, 64, 16, 4, 3, 168, 3),
+        32: Configuration(64, 64, 16, 4, 3, None, 3),
         64: Configuration(64, 32, 16, 4, 3, 168, 3),
         128: Configuration(64, 32, 16, 8, 2, None, 1),
     },
     ("query_major", True): {
-        32: Configuration(64, 64, 16, 4, 3, 128, 4),
-        64: Configuration(64, 64, 16, 4, 2, 168, 3),
+        32: Configuration(64, 64, 16, 4, 3, 160, 3),
+        64: Configuration(64, 64, 16, 4, 2, None, 2),
         128: Configuration(64, 32, 16, 4, 2, None, 2),
     },
     ("key_major", False): {  # up to 32: KEY_MAJOR_32
