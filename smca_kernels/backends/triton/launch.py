@@ -70,7 +70,7 @@ CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
     },
     ("query_major", True): {
         32: Configuration(64, 64, 16, 4, 3, 160, 3),
-        64: Configuration(64, 64, 16, 4, 2, None, 2),
+        64: Configuration(64, 32, 16, 4, 3, 168, 3),
         128: Configuration(64, 32, 16, 4, 2, None, 2),
     },
     ("key_major", False): {  # up to 32: KEY_MAJOR_32
