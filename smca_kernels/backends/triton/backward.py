@@ -53,7 +53,7 @@ from smca_kernels.backends.triton.channels import (
     warp_any_5_bits,
     window_of_block,
 )
-from smca_kernels.backends.triton.merge import store_prior_gradients
+from smca_kernels.backends.triton.merge import SUMS, store_prior_gradients
 
 # What is stored side by side for a block of queries and a scale, BLOCK_N numbers each.
 CENTER_X = tl.constexpr(0)
@@ -189,6 +189,18 @@ def store_coefficients(
     tl.store(coefficients + row[:, None] * 16 + tl.arange(0, 16)[None, :], of_row)
 
 
+@triton.jit
+def sums_of_moments(moments, e_x, e_y, n_x, n_y):
+    """Σ m, Σ m (x - n) and Σ m ((x - e)² - (n - e)²) along both axes, from m · features [ROWS, 16]."""
+    i = tl.arange(0, 16)[None, :]
+    total = tl.sum(tl.where(i == 6, moments, 0.0), 1) / ONE_UNIT
+    first_x = tl.sum(tl.where(i == 4, moments, 0.0), 1) - n_x * total
+    first_y = tl.sum(tl.where(i == 12, moments, 0.0), 1) - n_y * total
+    second_x = tl.sum(tl.where((i == 0) | (i == 2), moments, 0.0), 1) * SQUARE_UNIT - n_x * n_x * total
+    second_y = tl.sum(tl.where((i == 8) | (i == 10), moments, 0.0), 1) * SQUARE_UNIT - n_y * n_y * total
+    return total, first_x, first_y, second_x - 2.0 * e_x * first_x, second_y - 2.0 * e_y * first_y
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_major_kernel(
     ordered_query,  # [B, H, rows, D] contiguous
@@ -207,7 +219,7 @@ def query_major_kernel(
     grad_center,  # [B, H, N, S, 2] contiguous
     grad_precision,  # [B, H, N, S, 2] contiguous
     partial_queries,  # [splits, B, H, N, D] contiguous, fp32, or None for one program a block
-    partial_sums,  # [splits + S - 1, B, H, N, 4] contiguous, fp32, or None
+    partial_sums,  # [splits + S - 1, B, H, N, SUMS] contiguous, fp32, or None: merge.py
     k_b, k_h, k_t, v_b, v_h, v_t, dq_b, dq_h, dq_n,  # strides, in units of UNIT elements
     heads, queries, keys, scales, plan_size, scale, log2_scale, dropout_threshold,
     g0, g1, g2, g3, g4, g5, g6, g7,  # height << 32 | width of each scale
@@ -269,6 +281,13 @@ def query_major_kernel(
             first_y = tl.zeros([BLOCK_N], tl.float32)
             second_x = tl.zeros([BLOCK_N], tl.float32)
             second_y = tl.zeros([BLOCK_N], tl.float32)
+            if partial_queries is not None:  # what only all splits together can be corrected by
+                total = tl.zeros([BLOCK_N], tl.float32)
+                p_total = tl.zeros([BLOCK_N], tl.float32)
+                p_first_x = tl.zeros([BLOCK_N], tl.float32)
+                p_first_y = tl.zeros([BLOCK_N], tl.float32)
+                p_second_x = tl.zeros([BLOCK_N], tl.float32)
+                p_second_y = tl.zeros([BLOCK_N], tl.float32)
             direct = 1
             if DIRECT_ONLY == 0:
                 direct = tl.load(direct_blocks + of_scale * blocks + block)
@@ -306,17 +325,19 @@ def query_major_kernel(
                     c_y = tl.load(of_terms + CENTER_Y * BLOCK_N)
                     n_x = nearest_cell(c_x, valid_width) - origin_x
                     n_y = nearest_cell(c_y, valid_height) - origin_y
-                    # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
-                    total_p = tl.sum(tl.where(i == 6, p_moments, 0.0), 1)
-                    error = tl.sum(tl.where(i == 6, moments, 0.0), 1) / tl.where(total_p == 0.0, 1.0, total_p)
-                    moments -= error[:, None] * p_moments
-                    total = tl.sum(tl.where(i == 6, moments, 0.0), 1) / ONE_UNIT
-                    first_x = tl.sum(tl.where(i == 4, moments, 0.0), 1) - n_x * total
-                    first_y = tl.sum(tl.where(i == 12, moments, 0.0), 1) - n_y * total
-                    second_x = tl.sum(tl.where((i == 0) | (i == 2), moments, 0.0), 1) * SQUARE_UNIT - n_x * n_x * total
-                    second_y = tl.sum(tl.where((i == 8) | (i == 10), moments, 0.0), 1) * SQUARE_UNIT - n_y * n_y * total
-                    second_x -= 2.0 * (c_x - origin_x) * first_x
-                    second_y -= 2.0 * (c_y - origin_y) * first_y
+                    e_x = c_x - origin_x
+                    e_y = c_y - origin_y
+                    total, first_x, first_y, second_x, second_y = sums_of_moments(moments, e_x, e_y, n_x, n_y)
+                    p_total, p_first_x, p_first_y, p_second_x, p_second_y = sums_of_moments(
+                        p_moments, e_x, e_y, n_x, n_y
+                    )
+                    if partial_queries is None:
+                        # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
+                        error = total / tl.where(p_total == 0.0, 1.0, p_total)
+                        first_x -= error * p_first_x
+                        first_y -= error * p_first_y
+                        second_x -= error * p_second_x
+                        second_y -= error * p_second_y
             if direct != 0:
                 of_terms = terms_of_block(terms, of_scale * blocks + opaque(block), BLOCK_N)
                 p_x = tl.load(of_terms + PRECISION_X * BLOCK_N) * LOG2E
@@ -364,11 +385,17 @@ def query_major_kernel(
                 )  # fmt: skip
             else:
                 place = (tl.program_id(1) + s).to(tl.int64) * (tl.num_programs(0) // blocks) * queries
-                at = partial_sums + (place + batch_head * queries + n) * 4
+                at = partial_sums + (place + batch_head * queries + n) * SUMS
                 tl.store(at, first_x, mask=in_range)
                 tl.store(at + 1, first_y, mask=in_range)
                 tl.store(at + 2, second_x, mask=in_range)
                 tl.store(at + 3, second_y, mask=in_range)
+                tl.store(at + 4, total, mask=in_range)
+                tl.store(at + 5, p_first_x, mask=in_range)
+                tl.store(at + 6, p_first_y, mask=in_range)
+                tl.store(at + 7, p_second_x, mask=in_range)
+                tl.store(at + 8, p_second_y, mask=in_range)
+                tl.store(at + 9, p_total, mask=in_range)
         first_key += height * width
 
     n, in_range = queries_of_block(plan, opaque(block), queries, BLOCK_N)

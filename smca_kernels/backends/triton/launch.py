@@ -21,6 +21,7 @@ from smca_kernels.backends.triton.backward import TERMS, key_major_kernel, prepa
 from smca_kernels.backends.triton.channels import AXIS_ROWS, MASKED, MIDDLE, ONE_UNIT, SQUARE_UNIT
 from smca_kernels.backends.triton.forward import forward_kernel
 from smca_kernels.backends.triton.merge import (
+    SUMS,
     merge_key_gradients_kernel,
     merge_outputs_kernel,
     merge_query_gradients_kernel,
@@ -102,7 +103,8 @@ MERGED_ROWS = 16  # that a program merges: a part of every block_n
 TILED = ("forward", "query_major", "key_major")
 
 # Largest term of the expanded prior: its error, 5 · 2⁻²³ of that, is at most about a rounding step of P (channels.py).
-DIRECT_LIMITS = {torch.float16: 1024.0, torch.bfloat16: 4096.0, torch.float32: 0.0}
+# Of fp32 every block is direct, also one whose priors are all switched off.
+DIRECT_LIMITS = {torch.float16: 1024.0, torch.bfloat16: 4096.0, torch.float32: -1.0}
 
 
 def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, planned: bool = False) -> Configuration:
@@ -508,7 +510,7 @@ def backward(
             partial_queries, partial_sums = None, None
             if splits > 1:
                 partial_queries = terms.new_empty(splits, batch, heads, queries, head_dim)
-                partial_sums = terms.new_empty(splits + scales - 1, batch, heads, queries, 4)
+                partial_sums = terms.new_empty(splits + scales - 1, batch, heads, queries, SUMS.value)
             query_major_kernel[(programs, splits)](
                 *of_inputs, weighted_grads, terms, coefficients, direct_blocks,
                 grad_query, grad_center, grad_precision,

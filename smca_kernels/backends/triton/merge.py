@@ -22,6 +22,9 @@ from smca_kernels.backends.triton.channels import (
     window_of_block,
 )
 
+# What the query-major pass leaves of a query and scale: the sums of dS times (x - n), (y - n), ((x - c)² - (n - c)²),
+# that of y, and 1; then those of P.
+SUMS = tl.constexpr(10)
 AT_ONCE = tl.constexpr(4)  # splits whose rows are loaded together
 UNSPECIALIZED = [
     *("o_b", "o_h", "o_n", "dq_b", "dq_h", "dq_n", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t"),
@@ -125,7 +128,7 @@ def merge_outputs_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_query_gradients_kernel(
     partial_queries,  # [splits, B, H, N, D] contiguous, fp32
-    partial_sums,  # [splits + S - 1, B, H, N, 4] contiguous, fp32
+    partial_sums,  # [splits + S - 1, B, H, N, SUMS] contiguous, fp32
     precision,  # [B, H or 1, N, S, 2] contiguous, fp32
     valid_shapes,  # [B, S, 2] contiguous, or None
     plan,  # [B, H, plan_size] contiguous int32, or None
@@ -163,19 +166,28 @@ def merge_query_gradients_kernel(
     precision += ((b * precision_heads + h % precision_heads) * queries + n) * scales * 2
     for s in range(scales):
         tiles = tiles_of_scale(plan, queries, block, valid_shapes, b, s, scales, g0, g1, g2, g3, g4, g5, g6, g7, KEYS)
-        first_x = tl.zeros([ROWS], tl.float32)
-        first_y = tl.zeros([ROWS], tl.float32)
-        second_x = tl.zeros([ROWS], tl.float32)
-        second_y = tl.zeros([ROWS], tl.float32)
+        column = tl.arange(0, 16)[None, :]
+        sums = tl.zeros([ROWS, 16], tl.float32)
         first, end = splits_of_run(all_tiles, splits, before, tiles)
         for some in range(first, end, AT_ONCE):
-            each = some + tl.arange(0, AT_ONCE)[:, None]
+            each = some + tl.arange(0, AT_ONCE)
             has_run = (each < end) & (run_of_split(all_tiles, each, splits, before, tiles)[1] > 0)
-            of_parts = partial_sums + ((each + s) * rows + row[None, :]) * 4
-            first_x += tl.sum(tl.load(of_parts, mask=has_run, other=0.0), 0)
-            first_y += tl.sum(tl.load(of_parts + 1, mask=has_run, other=0.0), 0)
-            second_x += tl.sum(tl.load(of_parts + 2, mask=has_run, other=0.0), 0)
-            second_y += tl.sum(tl.load(of_parts + 3, mask=has_run, other=0.0), 0)
+            of_parts = (
+                partial_sums
+                + ((each[:, None] + s) * rows + row[None, :])[:, :, None] * SUMS
+                + tl.arange(0, 16)[None, None, :]
+            )
+            sums += tl.sum(
+                tl.load(of_parts, mask=has_run[:, None, None] & (tl.arange(0, 16) < SUMS)[None, None, :], other=0.0), 0
+            )
+        total = tl.sum(tl.where(column == 4, sums, 0.0), 1)
+        p_total = tl.sum(tl.where(column == 9, sums, 0.0), 1)
+        # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
+        error = total / tl.where(p_total == 0.0, 1.0, p_total)
+        first_x = tl.sum(tl.where(column == 0, sums, tl.where(column == 5, -error[:, None] * sums, 0.0)), 1)
+        first_y = tl.sum(tl.where(column == 1, sums, tl.where(column == 6, -error[:, None] * sums, 0.0)), 1)
+        second_x = tl.sum(tl.where(column == 2, sums, tl.where(column == 7, -error[:, None] * sums, 0.0)), 1)
+        second_y = tl.sum(tl.where(column == 3, sums, tl.where(column == 8, -error[:, None] * sums, 0.0)), 1)
         before += tiles_to_share(tiles)
         store_prior_gradients(
             precision + s * 2, grad_center, grad_precision, row * scales + s, real,
