@@ -77,6 +77,15 @@ def test_programs_that_share_a_block_of_queries_stay_within_the_error_budget(
     assert_all_within_budget(output_and_gradients(inputs), inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_whose_priors_are_switched_off_stay_within_the_error_budget(
+    dtype: str, device: torch.device, generator: torch.Generator
+) -> None:
+    inputs = make_inputs(Case("", ((9, 10),), queries=33, dtype=dtype), generator, device)
+    inputs = dataclasses.replace(inputs, precision=torch.zeros_like(inputs.precision).requires_grad_())
+    assert_all_within_budget(output_and_gradients(inputs), inputs)
+
+
 def test_gradients_have_shape_and_dtype_of_their_inputs(device: torch.device, generator: torch.Generator) -> None:
     case = Case("", ((3, 5),), dtype="float16", heads=2, queries=5, prior_heads=1, layout="last_axis_strided")
     inputs = make_inputs(case, generator, device)
