@@ -31,11 +31,10 @@ from smca_kernels.backends.triton.channels import (
     dot,
     dropout_key_key,
     dropout_row_key,
-    features_of_keys,
     grid_of_scale,
-    in_bfloat16,
     is_direct,
     keeps,
+    load_features,
     load_keys,
     load_rows,
     nearest_cell,
@@ -303,11 +302,10 @@ def query_major_kernel(
                         k, v, key_index, counts = load_keys(
                             key, value, mask, first_key, width, x, y, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                         )
-                        at_features = features_of_keys(positions, x - origin_x, y - origin_y, counts)
-                        features = tl.load(at_features)
+                        features = load_features(positions, x - origin_x, y - origin_y, counts)
                         of_moments = features
                         if k.dtype == tl.bfloat16:
-                            of_moments = tl.load(in_bfloat16(at_features))
+                            of_moments = load_features(positions, x - origin_x, y - origin_y, counts, True)
                         logits = dot(prior, tl.trans(features), dot(q, tl.trans(k), None, PRECISION), PRECISION)
                         p = tl.exp2(logits * log2_scale)
                         dp = dot(do, tl.trans(v), None, PRECISION)
@@ -536,7 +534,7 @@ def key_major_kernel(
     y1 = tl.max(y, 0) + 1
     origin_x = valid_width // 2
     origin_y = valid_height // 2
-    features = tl.load(features_of_keys(positions, x - origin_x, y - origin_y, counts))
+    features = load_features(positions, x - origin_x, y - origin_y, counts)
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)

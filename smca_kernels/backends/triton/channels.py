@@ -18,7 +18,7 @@ a multiple of 256 and the rest, both exact; a coefficient is the sum of two floa
 are divided by 256 and ones multiplied by 16, coefficients the other way, against what float16 loses below 2⁻²⁴; all
 coefficients are divided by the softmax scale. The features of a key are two rows of `launch.position_table`.
 
-The expansion cancels: the tensor cores sum its terms to about 5 · 2⁻²³ of the largest. Blocks where that is too much
+The expansion cancels: the tensor cores sum its terms to some 6 · 2⁻²³ of the largest. Blocks where that is too much
 (`is_direct`), and all fp32 inputs, take the direct path: the prior evaluated for each pair of query and key.
 """
 
@@ -164,11 +164,11 @@ def tiles_of_block(
 def run_of_split(all_tiles, split, splits, before, tiles):
     """First tile and number of those that a split takes of a scale which has `tiles`, with `before` shared before it.
 
-    A split has an equal run of all tiles of all scales, one after the other.
+    A split has an equal run of all tiles of all scales, one after the other. Tiles are fewer than 2³¹ / MAX_SPLITS.
     """
     start = before + SCALE_TILES
-    first = (all_tiles.to(tl.int64) * split // splits).to(tl.int32) - start
-    end = (all_tiles.to(tl.int64) * (split + 1) // splits).to(tl.int32) - start
+    first = all_tiles * split // splits - start
+    end = all_tiles * (split + 1) // splits - start
     first = tl.minimum(tl.maximum(first, 0), tiles)
     return first, tl.minimum(tl.maximum(end, 0), tiles) - first
 
@@ -237,19 +237,18 @@ def base_of_query(p_x, p_y, e_x, e_y, n_x, n_y):
 
 
 @triton.jit
-def features_of_keys(positions, x, y, counts):
-    """Pointers to the features [KEYS, 16] of keys at x, y [KEYS] from the origin, or those of keys that don't count."""
+def load_features(positions, x, y, counts, BFLOAT16: tl.constexpr = False):
+    """Features [KEYS, 16] of keys at x, y [KEYS] from the origin, or those of keys that don't count."""
     i = tl.arange(0, 16)[None, :]
     row_x = tl.where(counts, x + MIDDLE, 0)
     row_y = tl.where(counts, y + MIDDLE, 0) + AXIS_ROWS
     row = tl.where(i < 8, row_x[:, None], row_y[:, None])
-    return positions + tl.multiple_of(row * 8, [1, 8]) + i % 8
-
-
-@triton.jit
-def in_bfloat16(features):
-    """Pointers to the same features in the table's other half."""
-    return (features + 2 * AXIS_ROWS * 8).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    at = positions + tl.multiple_of(row * 8, [1, 8]) + i % 8
+    if BFLOAT16:  # the table's other half
+        at = (at + 2 * AXIS_ROWS * 8).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    # Through the L1 cache, which asynchronous copies of 16 bytes pass by unless told otherwise: all programs read the
+    # same few lines, and the slices of the L2 cache that have them would serve one SM after the other.
+    return tl.load(at, cache_modifier=".ca")
 
 
 @triton.jit

@@ -27,10 +27,10 @@ from smca_kernels.backends.triton.channels import (
     dot,
     dropout_key_key,
     dropout_row_key,
-    features_of_keys,
     grid_of_scale,
     is_direct,
     keeps,
+    load_features,
     load_keys,
     load_rows,
     nearest_cell,
@@ -160,7 +160,7 @@ def forward_kernel(
                     k, v, key_index, counts = load_keys(
                         key, value, mask, first_key, width, x, y, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                     )
-                    features = tl.load(features_of_keys(positions, x - origin_x, y - origin_y, counts))
+                    features = load_features(positions, x - origin_x, y - origin_y, counts)
                     logits = dot(coefficients, tl.trans(features), dot(q, tl.trans(k), None, PRECISION), PRECISION)
                     m_new = tl.maximum(m, tl.max(logits, 1) * log2_scale)
                     p = tl.exp2(logits * log2_scale - m_new[:, None])
