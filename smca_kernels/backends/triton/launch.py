@@ -98,11 +98,12 @@ FMA_CONFIGURATIONS = {
     128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
 }
 MAX_SPLITS = 32  # programs that share a block of queries or a tile of keys
-PROGRAM_TRIPS = 5.0  # what a program costs beside its trips over tiles, in such trips
+# What a program costs beside its trips over tiles, and merging: at all, and for each program in a slot. In such trips.
+PROGRAM_TRIPS, MERGE_TRIPS, MERGED_PROGRAM_TRIPS = 5.0, 3.0, 3.0
 MERGED_ROWS = 16  # that a program merges: a part of every block_n
 TILED = ("forward", "query_major", "key_major")
 
-# Largest term of the expanded prior: its error, 5 · 2⁻²³ of that, is at most about a rounding step of P (channels.py).
+# Largest term of the expanded prior: some 6 · 2⁻²³ of which is its error: about a rounding step of P (channels.py).
 # Of fp32 every block is direct, also one whose priors are all switched off.
 DIRECT_LIMITS = {torch.float16: 1024.0, torch.bfloat16: 4096.0, torch.float32: -1.0}
 
@@ -121,6 +122,7 @@ def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, pla
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
 
 
+@cache
 def architecture(device: torch.device) -> int:
     """80 for compute capability 8.0; also on a CPU, where the interpreter runs what an A100 would."""
     if device.type != "cuda":
@@ -129,7 +131,9 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int) -> dict[str, Any]:
+def constants(
+    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str = "ieee"
+) -> dict[str, Any]:
     """The compile-time arguments of a kernel."""
     arguments: dict[str, Any] = {
         "UNIT": unit,
@@ -141,7 +145,7 @@ def constants(kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: 
         arguments |= {
             "KEYS": chosen.keys,
             "STAGES": chosen.num_stages,
-            "PRECISION": dot_precision(dtype),
+            "PRECISION": precision,
             "DIRECT_ONLY": int(dtype == torch.float32),
         }
         if kernel == "key_major":
@@ -166,21 +170,32 @@ def launch_arguments(
     plain: bool = True,
     planned: bool = False,
 ) -> tuple[Configuration, dict[str, Any]]:
-    """The configuration of a kernel, and its compile-time arguments with Triton's launch options.
+    """The configuration of a kernel, and its compile-time arguments with Triton's launch options, not to be changed.
 
     Where it is not `plain`, but has a mask or dropout, it takes as many registers as it needs.
     """
     chosen = configuration(kernel, architecture(device), dtype, head_dim, planned)
+    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(dtype))
+
+
+@cache
+def _launch_arguments(
+    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, plain: bool, precision: str
+) -> tuple[Configuration, dict[str, Any]]:
     if not plain:
         chosen = replace(chosen, max_registers=None)
-    return chosen, constants(kernel, chosen, dtype, head_dim, unit) | launch_options(chosen)
+    return chosen, constants(kernel, chosen, dtype, head_dim, unit, precision) | launch_options(chosen)
 
 
-def merge_arguments(chosen: Configuration, head_dim: int, unit: int) -> dict[str, Any]:
+@cache
+def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     """Compile-time arguments and launch options for merging what a kernel's splits have left."""
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": MERGED_ROWS}
-    return sizes | {"BLOCK_N": chosen.block_n, "KEYS": chosen.keys, "num_warps": 2, "num_stages": 1}
+    return sizes | {"num_warps": 4, "num_stages": 1}
+
+
+_position_tables: dict[torch.device, Tensor] = {}
 
 
 def position_table(device: torch.device) -> Tensor:
@@ -188,15 +203,13 @@ def position_table(device: torch.device) -> Tensor:
 
     1024: along x, then along y. 2: float16, then the same numbers in bfloat16, whose bits the tensor shows as float16.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return make_position_table(device)  # a graph must not own what other calls read
-    return _kept_position_table(device)
-
-
-@cache
-def _kept_position_table(device: torch.device) -> Tensor:
-    # A copy from the host is waited for, so that calls on other streams find it there.
-    return make_position_table(torch.device("cpu")).to(device)
+    table = _position_tables.get(device)
+    if table is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return make_position_table(device)  # a graph must not own what other calls read
+        # A copy from the host is waited for, so that calls on other streams find it there.
+        table = _position_tables[device] = make_position_table(torch.device("cpu")).to(device)
+    return table
 
 
 def make_position_table(device: torch.device) -> Tensor:
@@ -210,7 +223,7 @@ def make_position_table(device: torch.device) -> Tensor:
     for axis in (0, 1):
         columns = (high, high, low / unit, low / unit, position, position, one, one * axis)
         table[axis, 1:] = torch.stack(columns, 1)
-    table[0, 0, 7] = MASKED.value
+    table[0, 0, 7].fill_(MASKED.value)  # an assignment would copy from the host, which a graph can't capture
     return torch.stack([table.half(), table.bfloat16().view(torch.float16)]).view(2, 2 * rows, 8)
 
 
@@ -257,6 +270,7 @@ def dropout_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 0 on a CPU, where the interpreter runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
@@ -267,7 +281,9 @@ def splits_of(programs: int, trips: int, blocks_per_sm: int, multiprocessors: in
     slots = multiprocessors * blocks_per_sm
 
     def trips_until_the_end(splits: int) -> float:
-        return -(-programs * splits // slots) * (trips / splits + PROGRAM_TRIPS)
+        computing = -(-programs * splits // slots) * (trips / splits + PROGRAM_TRIPS)
+        merging = MERGE_TRIPS + MERGED_PROGRAM_TRIPS * programs * splits / slots if splits > 1 else 0.0
+        return computing + merging
 
     return min(range(1, min(MAX_SPLITS, trips) + 1), key=trips_until_the_end) if programs < 4 * slots else 1
 
@@ -399,7 +415,7 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
                 partial_outputs, partial_lse, inputs.scale_weights, inputs.valid_shapes, planned,
                 out, scale_outputs, lse, *outer_strides(out, unit),
                 heads, prior_heads(inputs)[2], queries, scales, plan_size(queries, scales), splits, *grids,
-                **merge_arguments(chosen, head_dim, unit),
+                BLOCK_N=chosen.block_n, KEYS=chosen.keys, **merge_arguments(head_dim, unit),
             )  # fmt: skip
     if planned is None:
         planned = query.new_zeros(plan_shape(inputs), dtype=torch.int32)
@@ -495,12 +511,10 @@ def backward(
                 **compile_time,
             )  # fmt: skip
             if splits > 1:
-                compile_time = merge_arguments(chosen, head_dim, unit)
-                del compile_time["BLOCK_N"], compile_time["KEYS"]
                 merge_key_gradients_kernel[(batch * heads * -(-keys // MERGED_ROWS),)](
                     partial_keys, partial_values, grad_key, grad_value,
                     *outer_strides(grad_key, unit), *outer_strides(grad_value, unit), heads, keys, splits,
-                    **compile_time,
+                    **merge_arguments(head_dim, unit),
                 )  # fmt: skip
         if needs_query:
             chosen, compile_time = launch_arguments("query_major", query.device, dtype, head_dim, unit, plain)
@@ -523,6 +537,6 @@ def backward(
                     partial_queries, partial_sums, inputs.precision, inputs.valid_shapes, plan,
                     grad_query, grad_center, grad_precision, *outer_strides(grad_query, unit),
                     heads, prior_heads(inputs)[1], queries, scales, size, splits, inputs.scale, *grids,
-                    **merge_arguments(chosen, head_dim, unit),
+                    BLOCK_N=chosen.block_n, KEYS=chosen.keys, **merge_arguments(head_dim, unit),
                 )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_center, grad_precision, grad_weights

@@ -12,7 +12,6 @@ import triton.language as tl
 from smca_kernels.backends.triton.channels import (
     SCALE_TILES,
     grid_of_scale,
-    load_rows,
     queries_of_block,
     run_of_split,
     store_rows,
@@ -25,7 +24,7 @@ from smca_kernels.backends.triton.channels import (
 # What the query-major pass leaves of a query and scale: the sums of dS times (x - n), (y - n), ((x - c)² - (n - c)²),
 # that of y, and 1; then those of P.
 SUMS = tl.constexpr(10)
-AT_ONCE = tl.constexpr(4)  # splits whose rows are loaded together
+AT_ONCE = tl.constexpr(8)  # splits whose rows are loaded together
 UNSPECIALIZED = [
     *("o_b", "o_h", "o_n", "dq_b", "dq_h", "dq_n", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t"),
     *("heads", "precision_heads", "weight_heads", "queries", "keys", "scales", "plan_size", "splits", "scale"),
@@ -43,10 +42,10 @@ def queries_of_part(plan, part, queries, BLOCK_N: tl.constexpr, ROWS: tl.constex
 @triton.jit
 def splits_of_run(all_tiles, splits, before, tiles):
     """First split with a run in a scale, and the one behind the last; between them some may have none."""
-    start = before.to(tl.int64) + SCALE_TILES
+    start = before + SCALE_TILES
     first = ((start + 1) * splits - 1) // all_tiles
     end = ((start + tiles) * splits - 1) // all_tiles + 1
-    return first.to(tl.int32), tl.where(tiles > 0, end, first).to(tl.int32)
+    return first, tl.where(tiles > 0, end, first)
 
 
 @triton.jit
@@ -232,9 +231,12 @@ def merge_key_gradients_kernel(
     rows = (tl.num_programs(0) // parts_per_head).to(tl.int64) * keys
     dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for i in range(splits):
-        at = i * rows + batch_head * keys + t
-        dk += load_rows(partial_keys, at, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        dv += load_rows(partial_values, at, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    for some in range(0, splits, AT_ONCE):
+        i = some + tl.arange(0, AT_ONCE)
+        at = (i[:, None] * rows + (batch_head * keys + t)[None, :])[:, :, None] * HEAD_DIM + d
+        within = (i < splits)[:, None, None] & (d < HEAD_DIM)
+        dk += tl.sum(tl.load(partial_keys + at, mask=within, other=0.0), 0)
+        dv += tl.sum(tl.load(partial_values + at, mask=within, other=0.0), 0)
     store_rows(grad_key + (b * dk_b + h * dk_h) * UNIT, t, dk_t * UNIT, dk, real, HEAD_DIM, BLOCK_D)
     store_rows(grad_value + (b * dv_b + h * dv_h) * UNIT, t, dv_t * UNIT, dv, real, HEAD_DIM, BLOCK_D)
