@@ -24,6 +24,12 @@ def in_transform() -> bool:
     return transforming or forward_ad._current_level >= 0
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a compiler, a dispatch mode or a tensor subclass looks on, which has to see operators and no caches."""
+    looked_at = torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return looked_at or torch._C._len_torch_dispatch_stack() > 0
+
+
 def folding_rule(call: Callable[..., Any], tensors: int) -> Rule:
     """The rule of vmap for a call whose first `tensors` arguments are tensors [B, ...] or None.
 

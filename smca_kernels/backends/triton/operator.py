@@ -1,7 +1,8 @@
 """The Triton backend as torch.library operators: fake implementations, autograd, and what it can't serve.
 
 `torch.ops.smca_kernels.forward` and `.backward` are opaque to torch.compile and torch.export, synchronise with nothing
-and draw no random numbers themselves (dropout takes a seed tensor), so they can be captured in a CUDA graph.
+and draw no random numbers themselves (dropout takes a seed tensor), so they can be captured in a CUDA graph. An eager
+call takes a plain autograd function around the same launches: an operator's dispatch takes longer than a small call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.folding import folding_rule, in_transform, one_by_one_rule, save_nothing, transformable
+from smca_kernels.backends.folding import (
+    folding_rule,
+    in_transform,
+    is_traced,
+    one_by_one_rule,
+    save_nothing,
+    transformable,
+)
 from smca_kernels.backends.triton import hopper, launch
 from smca_kernels.backends.triton.channels import INTERPRETED
 from smca_kernels.inputs import DIFFERENTIABLE, SCHEMA, AttentionInputs
@@ -78,20 +86,31 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *tensors, seed, scale_outputs, lse, plan = ctx.saved_tensors
+def _backward_arguments(ctx: Any, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the backward operator takes after grad_out; `saved` are the saved tensors, which unpack once."""
+    *tensors, seed, scale_outputs, lse, plan = saved
     wanted = ctx.needs_input_grad
-    gradients = (_transformable_backward if in_transform() else _backward)(
-        grad_out, *tensors, ctx.sides, ctx.dropout_p, ctx.scale, ctx.mass_tolerance, seed, scale_outputs, lse, plan,
+    return (
+        *tensors, ctx.sides, ctx.dropout_p, ctx.scale, ctx.mass_tolerance, seed, scale_outputs, lse, plan,
         wanted[0] or wanted[3] or wanted[4], wanted[1] or wanted[2],
     )  # fmt: skip
+
+
+def _wanted(ctx: Any, saved: tuple[Any, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs that need one, summed over heads where these share an input."""
 
     def over_heads(gradient: Tensor, like: Tensor) -> Tensor:
         return gradient.sum(1, keepdim=True) if like.shape[1] == 1 < gradient.shape[1] else gradient
 
     count = len(DIFFERENTIABLE)
-    triples = zip(gradients, tensors[:count], wanted[:count], strict=True)
+    triples = zip(gradients, saved[:count], ctx.needs_input_grad[:count], strict=True)
     return *(over_heads(g, like) if is_wanted else None for g, like, is_wanted in triples), *(None,) * 7
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    call = _transformable_backward if in_transform() else _backward
+    return _wanted(ctx, saved, call(grad_out, *_backward_arguments(ctx, saved)))
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
@@ -133,6 +152,30 @@ _transformable_forward = transformable(_forward, _forward_rule, _save_for_backwa
 _transformable_backward = transformable(_backward, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
+class _Attention(torch.autograd.Function):
+    """The operator without its dispatch; one that torch.func could transform would take as long to apply."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *flat, seed = arguments
+        output = launch.forward(AttentionInputs.of_flat(flat), seed)
+        *tensors, ctx.sides, ctx.dropout_p, ctx.scale, ctx.mass_tolerance = flat
+        ctx.save_for_backward(*tensors, seed, *output[1:])
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        arguments = _backward_arguments(ctx, saved)
+        # A graph of this backward is wanted, which the operator's refuses to be, or it is one of many in a batch.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_out):
+            return _wanted(ctx, saved, _backward(grad_out, *arguments))
+        *flat, seed, scale_outputs, lse, plan, needs_query, needs_key = arguments
+        inputs = AttentionInputs.of_flat(flat)
+        gradients = launch.backward(grad_out, inputs, seed, plan, scale_outputs, lse, needs_query, needs_key)
+        return _wanted(ctx, saved, gradients)
+
+
 def attention(inputs: AttentionInputs) -> Tensor:
     """The output [B, H, N, D] of the backend "triton"."""
     query, weights = inputs.query, inputs.scale_weights
@@ -143,10 +186,16 @@ def attention(inputs: AttentionInputs) -> Tensor:
     # Whether a plan pays must not become a condition on the sizes of a compiled graph: there the operator looks.
     if not (torch.compiler.is_compiling() or launch.is_planned(inputs)):
         mass_tolerance = 0.0
-    out: Tensor = (_transformable_forward if in_transform() else _forward)(
+    arguments = (
         query, inputs.key, inputs.value, inputs.center.float(), inputs.precision.float(),
         None if weights is None else weights.float(), *rest, mass_tolerance, seed,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    if is_traced(query):
+        out: Tensor = _forward(*arguments)[0]
+    elif in_transform():
+        out = _transformable_forward(*arguments)[0]
+    else:
+        out = _Attention.apply(*arguments)
     return out
 
 
