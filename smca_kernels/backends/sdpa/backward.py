@@ -22,6 +22,7 @@ from smca_kernels.backends.reference import ignored_keys
 from smca_kernels.backends.sdpa.columns import exact_dtype
 from smca_kernels.backends.sdpa.forward import (
     CPU_BLOCK,
+    DEVICE_BLOCK,
     MAX_DENSE_SCORES,
     full_dtype,
     grid_cells,
@@ -31,7 +32,6 @@ from smca_kernels.backends.sdpa.forward import (
 )
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
-DEVICE_BLOCK = 2**24  # scores of a block on anything but a CPU
 # Far keys' probabilities must not become subnormal numbers, with which CPUs compute up to 100 times slower.
 MIN_LOGIT = {torch.float32: -70.0, torch.float64: -650.0}
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
+from smca_kernels.backends.folding import is_traced
 from smca_kernels.backends.reference import cell_coordinates, ignored_keys, zeroed
 from smca_kernels.backends.sdpa.columns import (
     HALF_DTYPES,
@@ -28,6 +29,7 @@ from smca_kernels.backends.sdpa.columns import (
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 MAX_DENSE_SCORES = 2**14  # up to here a bias of queries × keys costs less than widened keys
+DEVICE_BLOCK = 2**24  # scores of a block on anything but a CPU
 CPU_BLOCK = 2**19  # scores of a block, per thread
 
 
@@ -41,14 +43,34 @@ def forward(inputs: AttentionInputs) -> Tensor:
         return out if out.dtype == query.dtype else out.to(query.dtype)
     dtype = sdpa_dtype(query, inputs.spatial_shapes)
     out = torch.empty_like(query) if value_dim == head_dim else query.new_empty(batch, heads, queries, value_dim)
+    is_dense = fused_rounds_to_tf32(query.device, dtype)
     step = heads_at_once(batch, heads, queries, keys * (head_dim + value_dim), query.device)
+    if is_dense:
+        step = min(heads, max(1, DEVICE_BLOCK // (4 * batch * queries * max(inputs.keys_per_scale()))))
     for first in range(0, heads, step):
         group = slice(first, first + step)
         tensors = inputs.differentiable()
         part: dict[str, Any] = {n: t if t.shape[1] == 1 else t[:, group] for n, t in tensors.items()}
         some_heads = replace(inputs, **part)
-        out[:, group] = combine_scales(widened_outputs(some_heads, dtype), some_heads.scale_weights)
+        outputs = dense_outputs(some_heads) if is_dense else widened_outputs(some_heads, dtype)
+        out[:, group] = combine_scales(outputs, some_heads.scale_weights)
     return out
+
+
+def fused_rounds_to_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether SDPA's fused kernel multiplies the halves of float32 numbers on tensor cores, as CUTLASS does on GPUs.
+
+    That costs two bits of every product, and many times the error budget in a narrow prior's columns.
+    """
+    return device.type == "cuda" and dtype == torch.float32
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_p: float, scale: float) -> Tensor:
+    """SDPA, but plain products where its fused kernel would be too inexact."""
+    if not fused_rounds_to_tf32(query.device, query.dtype):
+        return scaled_dot_product_attention(query, key, value, bias, dropout_p, scale=scale)
+    probabilities = (bias + scale * (query @ key.transpose(-1, -2))).softmax(-1)
+    return dropout(probabilities, dropout_p) @ value
 
 
 def heads_at_once(batch: int, heads: int, queries: int, numbers: int, device: torch.device) -> int:
@@ -83,7 +105,7 @@ def combine_scales(outputs: list[Tensor], scale_weights: Tensor | None) -> Tenso
 
 
 def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
-    """O_s of each scale [B, H, N, D_v] with logG as SDPA's mask, for a few scores."""
+    """O_s of each scale [B, H, N, D_v] with logG as SDPA's mask and the inputs' dropout, for a few scores."""
     query, shapes = inputs.query, inputs.spatial_shapes
     ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
     key, value = keys_and_values(inputs, ignored)
@@ -97,11 +119,12 @@ def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
         bias = torch.linalg.vecdot(behind * narrow(inputs.precision, 3, s, 1), cells + narrow(mirrored, 3, s, 1))
         mask = ignored[s]
         if mask is not None:
-            bias = bias.masked_fill(mask[:, None, None], -torch.inf)
+            empty = mask.all(1)  # computed and thrown away: from nothing but -∞, gradients would be NaN
+            bias = bias.masked_fill((mask & ~empty[:, None])[:, None, None], -torch.inf)
         keys = cells.shape[0]
         k, v = narrow(key, 2, start, keys), narrow(value, 2, start, keys)
-        output = scaled_dot_product_attention(query, k, v, bias, scale=inputs.scale)
-        outputs.append(output if mask is None else _zero_where(mask.all(1), output))
+        output = attend(query, k, v, bias, inputs.dropout_p, inputs.scale)
+        outputs.append(output if mask is None else _zero_where(empty, output))
         start += keys
     return outputs
 
@@ -155,11 +178,6 @@ def grid_cells(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) 
     with torch.inference_mode(False):
         like = torch.empty(0, dtype=dtype, device=device)
         return [torch.stack(cell_coordinates(*shape, like=like), -1) for shape in shapes]
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether a compiler or a tensor subclass looks on, which tables kept between calls would confuse."""
-    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:

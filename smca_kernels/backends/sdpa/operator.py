@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.folding import folding_rule, in_transform, save_nothing, transformable
+from smca_kernels.backends.folding import folding_rule, in_transform, is_traced, save_nothing, transformable
 from smca_kernels.backends.sdpa.backward import backward
-from smca_kernels.backends.sdpa.forward import combine_scales, forward, full_dtype, is_traced, widened_outputs
+from smca_kernels.backends.sdpa.forward import (
+    combine_scales,
+    dense_outputs,
+    forward,
+    full_dtype,
+    fused_rounds_to_tf32,
+    widened_outputs,
+)
 from smca_kernels.inputs import DIFFERENTIABLE, SCHEMA, AttentionInputs
 
 
@@ -24,7 +31,9 @@ def attention(inputs: AttentionInputs) -> Tensor:
     query = inputs.query
     if inputs.dropout_p > 0.0:
         # Only SDPA knows what it dropped, so its own backward has to follow, in float32 for the columns' sake.
-        outputs = widened_outputs(inputs, full_dtype(query))
+        dtype = full_dtype(query)
+        is_dense = fused_rounds_to_tf32(query.device, dtype)
+        outputs = dense_outputs(inputs) if is_dense else widened_outputs(inputs, dtype)
         return combine_scales(outputs, inputs.scale_weights).to(query.dtype)
     if is_traced(query):
         out: Tensor = _forward_operator(*inputs.flat())
