@@ -228,11 +228,13 @@ def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:
     assert call.tiles() == [(2 * sum(walked), 2 * (3 * 6 - sum(walked)))]
 
 
-def test_tiles_are_those_of_the_plan(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_those_of_the_plan(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     launch = pytest.importorskip("smca_kernels.backends.triton.launch")
     monkeypatch.setattr(launch, "MIN_PLANNED_ELEMENTS", 0)
     # One cell of a corner has it all: each query of the block looks at the first of 25 tiles, and no farther.
-    inputs = make_inputs(Case("tiles", ((20, 20), (2, 2)), queries=9, head_dim=16), generator)
+    inputs = make_inputs(Case("tiles", ((20, 20), (2, 2)), queries=9, head_dim=16), generator, device)
     corner = torch.zeros_like(inputs.center)
     inputs = dataclasses.replace(inputs, center=corner, precision=torch.full_like(corner, 100.0))
     with smca_kernels.profile(repeats=1) as profile, torch.no_grad():
@@ -256,11 +258,13 @@ def test_bytes_moved_are_what_operations_take_and_give() -> None:
     assert bytes_moved(lambda: torch.zeros_like(x)) == 400
 
 
-def test_naive_moves_more_bytes_than_the_fused_kernels_operator(generator: torch.Generator) -> None:
+def test_naive_moves_more_bytes_than_the_fused_kernels_operator(
+    generator: torch.Generator, device: torch.device
+) -> None:
     pytest.importorskip("triton")
     from smca_kernels.backends.triton import operator
 
-    inputs = make_inputs(dataclasses.replace(CASE, spatial_shapes=((5, 6),)), generator)
+    inputs = make_inputs(dataclasses.replace(CASE, spatial_shapes=((5, 6),)), generator, device)
     with torch.no_grad():
         naive = bytes_moved(lambda: reference.attention(inputs))
         fused = bytes_moved(lambda: operator.attention(inputs))

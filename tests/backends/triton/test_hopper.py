@@ -88,13 +88,13 @@ def test_the_installed_triton_has_a_version() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_compiled_call_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_call_asks_too(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     from smca_kernels.attention import smca_attention
     from smca_kernels.testing.cases import Case, make_inputs
 
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
     monkeypatch.setattr(hopper, "triton_version", lambda: (3, 9))
     monkeypatch.setattr(hopper, "MIN_PTXAS", (12, 0))
-    arguments = make_inputs(Case("", ((3, 5),), queries=5), torch.Generator().manual_seed(0)).arguments()
+    arguments = make_inputs(Case("", ((3, 5),), queries=5), torch.Generator().manual_seed(0), device).arguments()
     compiled = torch.compile(smca_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**arguments, backend="triton"), smca_attention(**arguments, backend="triton"))

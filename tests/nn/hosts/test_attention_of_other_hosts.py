@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from transformers import DabDetrConfig, DetrConfig, MaskFormerConfig
+from transformers import DabDetrConfig, DetrConfig, MaskFormerConfig, ResNetConfig
 from transformers.models.dab_detr.modeling_dab_detr import DabDetrAttention
 from transformers.models.maskformer import modeling_maskformer
 from transformers.models.table_transformer.modeling_table_transformer import TableTransformerAttention
@@ -50,7 +50,9 @@ def table_transformer() -> Computed:
 
 
 def maskformer() -> Computed:
-    decoder = DetrConfig(use_timm_backbone=False, d_model=DIM, decoder_attention_heads=HEADS)
+    decoder = DetrConfig(
+        use_timm_backbone=False, backbone_config=ResNetConfig(), d_model=DIM, decoder_attention_heads=HEADS
+    )  # the default backbone's is looked up on the network
     config = MaskFormerConfig(decoder_config=decoder.to_dict()).decoder_config
     config._attn_implementation = "eager"
     attention: Any = modeling_maskformer.MaskFormerDetrCrossAttention(config, DIM, HEADS).double()
