@@ -82,18 +82,18 @@ summarise
 
 # Side by side, as compiling the kernels on the host takes most of the time, and nothing here is timed.
 for dtype in float32 float16 bfloat16; do
-    smca "parity-$dtype" 200 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
+    smca "parity-$dtype" 150 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
 done
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
     options=(-q -p no:cacheprovider --junitxml="$OUT/tests.xml")
-    "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n 4)
-    step tests 200 "$PYTHON" -m pytest "${options[@]}" "${KERNEL_TESTS[@]}" &
+    "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n $(($(nproc) / 2)))
+    step tests 150 "$PYTHON" -m pytest "${options[@]}" "${KERNEL_TESTS[@]}" &
 else
     missing tests pytest
 fi
 for tool in memcheck racecheck; do
     if [ -n "$SANITIZER" ]; then
-        sanitize "$tool" 200 &
+        sanitize "$tool" 150 &
     else
         missing "$tool" compute-sanitizer
     fi
@@ -101,6 +101,8 @@ done
 wait
 summarise
 
+step kernels 60 "$PYTHON" -m smca_benchmarks.kernel_times --json "$OUT/kernels.json"
+summarise
 # Writes its file after each workload, and begins none after --seconds.
 smca bench 200 bench --bars --seconds 170 --json "$OUT/bench.json"
 summarise
@@ -109,7 +111,7 @@ picture=()
 smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --trace "$OUT/trace.json" "${picture[@]}"
 summarise
 if "$PYTHON" -c "import scipy, torchvision" 2>/dev/null; then
-    smca bench-model 120 bench-model --quick --json "$OUT/bench-model.json"
+    smca bench-model 100 bench-model --quick --json "$OUT/bench-model.json"
 else
     missing bench-model "scipy or torchvision"
 fi

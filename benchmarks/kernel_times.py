@@ -90,7 +90,8 @@ def plain_step(workload: Workload, dtype: str, device: torch.device) -> Callable
         for kernel in plain.KERNELS
         for by_head_dim in [plain.SHAPES[kernel, arch >= 90]]
     }
-    queries, keys = (-(-count // 128) * 128 for count in (workload.queries, workload.keys))
+    of_queries, of_keys = (max(each) for each in zip(*((s.block_n, s.keys) for s in shapes.values()), strict=True))
+    queries, keys = -(-workload.queries // of_queries) * of_queries, -(-workload.keys // of_keys) * of_keys
     pairs, head_dim = workload.batch * workload.heads, workload.head_dim
     rows = max(queries, keys)
     # All tensors have the same stride between heads; queries beyond theirs are not touched.

@@ -36,7 +36,7 @@ def test_gpu_run_goes_on_after_failures_and_records_each_step(tmp_path: Path) ->
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["all_passed"]
     steps = {step["step"]: step for step in summary["steps"]}
-    names = {"env", *PARITY_STEPS, "tests", "memcheck", "racecheck", "bench", "bench-model", "profile"}
+    names = {"env", *PARITY_STEPS, "tests", "memcheck", "racecheck", "kernels", "bench", "bench-model", "profile"}
     assert set(steps) == names
     assert (steps["bench"]["status"], steps["bench"]["exit_code"]) == ("failed", 3)
     assert f"bench --bars --seconds 170 --json {out}/bench.json" in (out / "bench.log").read_text()
