@@ -78,12 +78,19 @@ def real_rows(tmp_path_factory: pytest.TempPathFactory) -> RowsOf:
     return of
 
 
+# Bytes that a kernel may spill where an H200 ran it faster so: one more block fits on an SM (docs/kernels.md).
+MEASURED_FASTER = {(90, 32, "forward"): 96, (90, 64, "query_major"): 96}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), SPILL_CASES)
-def test_no_spills(arch: int, dtype: str, head_dim: int, real_rows: RowsOf):
+def test_no_spills_but_those_measured_to_be_faster(arch: int, dtype: str, head_dim: int, real_rows: RowsOf):
     for row in real_rows(arch, dtype, head_dim):
         assert row["error"] is None
-        assert (row["kernel"], row["spill_bytes"], row["local_bytes"]) == (row["kernel"], 0, 0)
+        name = row["kernel"].removeprefix("planned ")
+        allowed = 0 if dtype == "fp32" else MEASURED_FASTER.get((arch, head_dim, name), 0)
+        assert row["spill_bytes"] <= allowed, row["kernel"]
+        assert row["local_bytes"] <= allowed, row["kernel"]
 
 
 # 10¹² attention elements per second, as simulated: plain flash attention has 1.3 / 2.8, 1.1 / 3.1 and 0.74 / 1.9.
