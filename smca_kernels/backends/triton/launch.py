@@ -7,14 +7,13 @@ a new H×W, number of queries or batch size compiles nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from smca_kernels.backends.triton import hopper, locality
@@ -32,9 +31,9 @@ from smca_kernels.inputs import MAX_SCALES, AttentionInputs, SpatialShapes
 
 MIN_BLOCK = 32  # queries of a block, at least
 MAX_PLANNED_QUERIES = 2048  # windows.place_in_strips
-# Pairs of a query and a key from which on a plan is made. At the limits of docs/cost.md these are some 15 µs of an
-# H100's forward pass, of which a plan may save half and whose two launches it costs.
-MIN_PLANNED_ELEMENTS = 2**25
+# Pairs of a query and a key from which on a plan is made. On an H200 these are 400 µs of a forward pass, and a plan
+# takes about 50.
+MIN_PLANNED_ELEMENTS = 2**29
 LOG2E = math.log2(math.e)
 
 
@@ -189,15 +188,10 @@ def _launch_arguments(
 
 
 @cache
-def merge_arguments(head_dim: int, unit: int, chosen: Configuration | None) -> dict[str, Any]:
-    """Compile-time arguments and launch options for merging what splits have left, of blocks of queries or of keys.
-
-    `chosen`: the kernel's configuration that splits blocks of queries; None for keys.
-    """
+def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
+    """Compile-time arguments and launch options for merging what a kernel's splits have left."""
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": MERGED_ROWS}
-    if chosen is not None:
-        sizes |= {"BLOCK_N": chosen.block_n, "KEYS": chosen.keys}
     return sizes | {"num_warps": 4, "num_stages": 1}
 
 
@@ -258,43 +252,14 @@ def packed_grids(spatial_shapes: SpatialShapes) -> list[int]:
     return grids + [1 << 32 | 1] * (MAX_SCALES - len(grids))
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch kernels on a tensor's device."""
-    is_current = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
-    return nullcontext() if is_current else torch.cuda.device(tensor.device)
-
-
-_compiled: dict[Any, tuple[Any, list[Any]]] = {}  # kinds of arguments → kernel and its compile-time arguments
-
-
-def run(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    grids: Sequence[int],
-    options: dict[str, Any],
-) -> None:
-    """Launch a kernel on its arguments in their order; `options` is kept between calls, as it stands for what it holds.
-
-    Before it launches, Triton looks at each argument and each constant of the source, which takes as long as a small
-    kernel runs. So what it compiled for such arguments before is launched at once: it specialises on the dtype and the
-    alignment of tensors and on no number, but for those that need 64 bits.
-    """
-    arguments = *tensors, *numbers, *grids
-    device = tensors[0].get_device() if tensors[0] is not None else -1
-    if type(kernel) is not triton.JITFunction or device < 0 or not -(2**31) <= min(numbers) <= max(numbers) < 2**31:
-        kernel[grid](*arguments, **options)
+@contextmanager
+def device_of(tensor: Tensor) -> Iterator[None]:
+    """Launch kernels on a tensor's device, compiled by a ptxas that is right on it."""
+    if not tensor.is_cuda:
+        yield
         return
-    kinds = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-    key = kernel, device, id(options), *kinds
-    known = _compiled.get(key)
-    if known is not None:
-        known[0][grid](*arguments, *known[1])
-        return
-    with hopper.right_compiler(torch.device("cuda", device)):
-        compiled = kernel[grid](*arguments, **options)
-    _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+    with torch.cuda.device(tensor.device), hopper.right_compiler(tensor.device):
+        yield
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -377,20 +342,20 @@ def plan(inputs: AttentionInputs) -> Tensor:
     with device_of(query):
         chosen, compile_time = launch_arguments("survey", query.device, query.dtype, head_dim, unit)
         blocks = -(-queries // chosen.block_n)
-        run(
-            survey_kernel, (batch * heads * (patches + blocks), 1, 1),
-            (key, center, precision, *masks, norms, planned),
-            (*strides, heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches,
-             planned.shape[2], sizes.index(max(sizes)), log_tolerance),
-            packed_grids(grids), compile_time,
+        survey_kernel[(batch * heads * (patches + blocks),)](
+            key, center, precision, *masks, norms, planned, *strides,
+            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, planned.shape[2],
+            sizes.index(max(sizes)), log_tolerance,
+            *packed_grids(grids),
+            **compile_time,
         )  # fmt: skip
         chosen, compile_time = launch_arguments("window", query.device, query.dtype, head_dim, unit)
-        run(
-            window_kernel, (batch * heads * blocks * scales, 1, 1),
-            (query, key, center, precision, *masks, norms, planned),
-            (*outer_strides(query, unit), *strides, heads, center.shape[1], precision.shape[1], queries, key.shape[2],
-             scales, patches, planned.shape[2], inputs.scale, log_tolerance),
-            packed_grids(grids), compile_time,
+        window_kernel[(batch * heads * blocks * scales,)](
+            query, key, center, precision, *masks, norms, planned, *outer_strides(query, unit), *strides,
+            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, planned.shape[2],
+            inputs.scale, log_tolerance,
+            *packed_grids(grids),
+            **compile_time,
         )  # fmt: skip
     return planned
 
@@ -432,26 +397,25 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
         partial_lse = lse.new_empty(splits + scales - 1, batch, heads, queries)
     grids = packed_grids(spatial_shapes)
     with device_of(query):
-        run(
-            forward_kernel, (programs, splits, 1),
-            (query, key, value, inputs.center, inputs.precision, inputs.scale_weights,
-             inputs.valid_shapes, inputs.key_padding_mask, seed, planned, position_table(query.device),
-             out, scale_outputs, lse, partial_outputs, partial_lse),
-            (*outer_strides(query, unit), *outer_strides(key, unit), *outer_strides(value, unit),
-             *outer_strides(out, unit),
-             heads, *prior_heads(inputs), queries, key.shape[2], scales, plan_size(queries, scales),
-             inputs.scale * LOG2E, 1.0 / inputs.scale, DIRECT_LIMITS[dtype],
-             dropout_threshold(inputs.dropout_p), dropout_scale(inputs.dropout_p)),
-            grids, compile_time,
+        forward_kernel[(programs, splits)](
+            query, key, value, inputs.center, inputs.precision, inputs.scale_weights,
+            inputs.valid_shapes, inputs.key_padding_mask, seed, planned,
+            position_table(query.device),
+            out, scale_outputs, lse, partial_outputs, partial_lse,
+            *outer_strides(query, unit), *outer_strides(key, unit), *outer_strides(value, unit),
+            *outer_strides(out, unit),
+            heads, *prior_heads(inputs), queries, key.shape[2], scales, plan_size(queries, scales),
+            inputs.scale * LOG2E, 1.0 / inputs.scale, DIRECT_LIMITS[dtype],
+            dropout_threshold(inputs.dropout_p), dropout_scale(inputs.dropout_p),
+            *grids,
+            **compile_time,
         )  # fmt: skip
         if splits > 1:
-            run(
-                merge_outputs_kernel, (batch * heads * -(-queries // MERGED_ROWS), 1, 1),
-                (partial_outputs, partial_lse, inputs.scale_weights, inputs.valid_shapes, planned,
-                 out, scale_outputs, lse),
-                (*outer_strides(out, unit),
-                 heads, prior_heads(inputs)[2], queries, scales, plan_size(queries, scales), splits),
-                grids, merge_arguments(head_dim, unit, chosen),
+            merge_outputs_kernel[(batch * heads * -(-queries // MERGED_ROWS),)](
+                partial_outputs, partial_lse, inputs.scale_weights, inputs.valid_shapes, planned,
+                out, scale_outputs, lse, *outer_strides(out, unit),
+                heads, prior_heads(inputs)[2], queries, scales, plan_size(queries, scales), splits, *grids,
+                BLOCK_N=chosen.block_n, KEYS=chosen.keys, **merge_arguments(head_dim, unit),
             )  # fmt: skip
     if planned is None:
         planned = query.new_zeros(plan_shape(inputs), dtype=torch.int32)
@@ -519,15 +483,14 @@ def backward(
     with device_of(query):
         row_unit = stride_unit((query, grad_out))
         chosen, compile_time = launch_arguments("prepare", query.device, dtype, head_dim, row_unit)
-        run(
-            prepare_kernel, (batch * heads * blocks, 1, 1),
-            (query, inputs.center, inputs.precision, grad_out, scale_outputs, weights, inputs.valid_shapes, lse, plan,
-             ordered_query, weighted_grads, coefficients, terms, direct_blocks, *whole,
-             None if weights is None else grad_weights),
-            (*outer_strides(query, row_unit), *outer_strides(grad_out, row_unit),
-             heads, *prior_heads(inputs), queries, scales, size,
-             *limits, dropout_scale(inputs.dropout_p), 1.0 - inputs.dropout_p),
-            grids, compile_time,
+        prepare_kernel[(batch * heads * blocks,)](
+            query, inputs.center, inputs.precision, grad_out, scale_outputs, weights, inputs.valid_shapes, lse, plan,
+            ordered_query, weighted_grads, coefficients, terms, direct_blocks, *whole,
+            None if weights is None else grad_weights,
+            *outer_strides(query, row_unit), *outer_strides(grad_out, row_unit),
+            heads, *prior_heads(inputs), queries, scales, size,
+            *limits, dropout_scale(inputs.dropout_p), 1.0 - inputs.dropout_p, *grids,
+            **compile_time,
         )  # fmt: skip
         if needs_key:
             chosen, compile_time = launch_arguments(
@@ -540,20 +503,18 @@ def backward(
             if splits > 1:
                 partial_keys = terms.new_empty(splits, batch, heads, keys, head_dim)
                 partial_values = torch.empty_like(partial_keys)
-            run(
-                key_major_kernel, (programs, splits, 1),
-                (*of_inputs, weighted_grads, terms, *(whole if plan is not None else (coefficients, direct_blocks)),
-                 grad_key, grad_value, partial_keys, partial_values),
-                (*strides, *outer_strides(grad_key, unit), *outer_strides(grad_value, unit),
-                 heads, queries, keys, scales, tiles, size, *factors),
-                grids, compile_time,
+            key_major_kernel[(programs, splits)](
+                *of_inputs, weighted_grads, terms, *(whole if plan is not None else (coefficients, direct_blocks)),
+                grad_key, grad_value, partial_keys, partial_values, *strides,
+                *outer_strides(grad_key, unit), *outer_strides(grad_value, unit),
+                heads, queries, keys, scales, tiles, size, *factors, *grids,
+                **compile_time,
             )  # fmt: skip
             if splits > 1:
-                run(
-                    merge_key_gradients_kernel, (batch * heads * -(-keys // MERGED_ROWS), 1, 1),
-                    (partial_keys, partial_values, grad_key, grad_value),
-                    (*outer_strides(grad_key, unit), *outer_strides(grad_value, unit), heads, keys, splits),
-                    (), merge_arguments(head_dim, unit, None),
+                merge_key_gradients_kernel[(batch * heads * -(-keys // MERGED_ROWS),)](
+                    partial_keys, partial_values, grad_key, grad_value,
+                    *outer_strides(grad_key, unit), *outer_strides(grad_value, unit), heads, keys, splits,
+                    **merge_arguments(head_dim, unit),
                 )  # fmt: skip
         if needs_query:
             chosen, compile_time = launch_arguments("query_major", query.device, dtype, head_dim, unit, plain)
@@ -564,20 +525,18 @@ def backward(
             if splits > 1:
                 partial_queries = terms.new_empty(splits, batch, heads, queries, head_dim)
                 partial_sums = terms.new_empty(splits + scales - 1, batch, heads, queries, SUMS.value)
-            run(
-                query_major_kernel, (programs, splits, 1),
-                (*of_inputs, weighted_grads, terms, coefficients, direct_blocks,
-                 grad_query, grad_center, grad_precision, partial_queries, partial_sums),
-                (*strides, *outer_strides(grad_query, unit), heads, queries, keys, scales, size, *factors),
-                grids, compile_time,
+            query_major_kernel[(programs, splits)](
+                *of_inputs, weighted_grads, terms, coefficients, direct_blocks,
+                grad_query, grad_center, grad_precision,
+                partial_queries, partial_sums, *strides, *outer_strides(grad_query, unit),
+                heads, queries, keys, scales, size, *factors, *grids,
+                **compile_time,
             )  # fmt: skip
             if splits > 1:
-                run(
-                    merge_query_gradients_kernel, (batch * heads * -(-queries // MERGED_ROWS), 1, 1),
-                    (partial_queries, partial_sums, inputs.precision, inputs.valid_shapes, plan,
-                     grad_query, grad_center, grad_precision),
-                    (*outer_strides(grad_query, unit),
-                     heads, prior_heads(inputs)[1], queries, scales, size, splits, inputs.scale),
-                    grids, merge_arguments(head_dim, unit, chosen),
+                merge_query_gradients_kernel[(batch * heads * -(-queries // MERGED_ROWS),)](
+                    partial_queries, partial_sums, inputs.precision, inputs.valid_shapes, plan,
+                    grad_query, grad_center, grad_precision, *outer_strides(grad_query, unit),
+                    heads, prior_heads(inputs)[1], queries, scales, size, splits, inputs.scale, *grids,
+                    BLOCK_N=chosen.block_n, KEYS=chosen.keys, **merge_arguments(head_dim, unit),
                 )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_center, grad_precision, grad_weights

@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from smca_kernels.backends.folding import folding_rule, in_transform, save_nothing, transformable
-from smca_kernels.backends.triton import hopper
 from smca_kernels.backends.triton.channels import INTERPRETED, grid_of_scale
 from smca_kernels.backends.triton.launch import device_of, last_axis_contiguous, packed_grids
 from smca_kernels.backends.triton.operator import DTYPES
@@ -233,7 +232,7 @@ def launch(kernel: Any, inputs: Sequence[Any], others: Sequence[Tensor | None]) 
     # The backward sums products over lanes. Fused, each lane would add its own product unrounded to the rounded ones of
     # others: the lanes' sums would differ in the last bit, and which of them is stored would be left to chance.
     is_fused = kernel is prior_kernel
-    with device_of(raw[0]), hopper.right_compiler(raw[0].device):
+    with device_of(raw[0]):
         kernel[(-(-batch * queries // compile_time["BLOCK_N"]),)](
             *raw, *sizes, *others, *outer, batch * queries, queries, *packed_grids(shapes_of_sides(spatial_shapes)),
             **compile_time, enable_fp_fusion=is_fused,

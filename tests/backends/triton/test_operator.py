@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -510,54 +509,3 @@ def _synchronisation_is_an_error() -> Any:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-class Pointer:
-    """What `launch.run` asks of a tensor on a GPU."""
-
-    def __init__(self, address: int, dtype: torch.dtype = torch.float16) -> None:
-        self.address, self.dtype = address, dtype
-
-    def get_device(self) -> int:
-        return 0
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-class Compiling:
-    """Stands in for a kernel of Triton's: keeps what it is launched with, directly or through what it compiled."""
-
-    arg_names = ("x", "y", "n", "g0", "KEYS", "UNIT")
-
-    def __init__(self) -> None:
-        self.compiled: list[dict[str, Any]] = []
-        self.launches: list[tuple[Any, ...]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def launch_it(*args: Any, **options: Any) -> Any:
-            self.compiled.append(options)
-            return {grid: lambda *arguments: self.launches.append(arguments)}
-
-        return launch_it
-
-
-def test_what_was_compiled_for_such_arguments_is_launched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "triton", SimpleNamespace(JITFunction=Compiling))
-    monkeypatch.setattr(launch, "_compiled", {})
-    kernel, grid, options = Compiling(), (3, 2, 1), {"UNIT": 8, "KEYS": 64, "num_warps": 4}
-
-    def run(x: Pointer, y: Pointer | None, n: float) -> tuple[int, int]:
-        launch.run(kernel, grid, (x, y), (n,), (5 << 32 | 7,), options)  # type: ignore[arg-type]
-        return len(kernel.compiled), len(kernel.launches)
-
-    assert run(Pointer(0), None, 3) == (1, 0)
-    again = Pointer(256)
-    assert run(again, None, 4) == (1, 1)
-    assert kernel.launches == [(again, None, 4, 5 << 32 | 7, 64, 8)]
-    assert run(Pointer(8), None, 3) == (2, 1)  # otherwise aligned
-    assert run(Pointer(0, torch.bfloat16), None, 3) == (3, 1)
-    assert run(Pointer(0), Pointer(0), 3) == (4, 1)
-    assert run(Pointer(0), None, 2**31) == (5, 1)  # a number of 64 bits is compiled for by Triton's own rules
-    assert run(Pointer(0), None, 2**31) == (6, 1)
-    assert run(Pointer(8), None, 3) == (6, 2)
