@@ -87,6 +87,8 @@ MEASURED_FASTER = {(90, 32, "forward"): 96, (90, 64, "query_major"): 96}
 def test_no_spills_but_those_measured_to_be_faster(arch: int, dtype: str, head_dim: int, real_rows: RowsOf):
     for row in real_rows(arch, dtype, head_dim):
         assert row["error"] is None
+        if row["kernel"].endswith(" total"):
+            continue  # the largest of its kernels'
         name = row["kernel"].removeprefix("planned ")
         allowed = 0 if dtype == "fp32" else MEASURED_FASTER.get((arch, head_dim, name), 0)
         assert row["spill_bytes"] <= allowed, row["kernel"]
