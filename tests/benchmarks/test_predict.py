@@ -35,8 +35,8 @@ COSTS = [FORWARD_COST, KEY_MAJOR, PREPARE, TOTAL]
 
 
 def test_edges_cost_as_much_as_their_tiles_and_programs_run_side_by_side() -> None:
-    # 12 programs of a block of queries, shared by two splits of a tile each, on an SM of its own.
-    assert predict.kernel_seconds(FORWARD_COST, TWO_TILES) == pytest.approx(64 * 128 * 0.1 / H100.clock_hz)
+    # 12 programs of a block of queries and two tiles, too few to be split, on an SM of its own.
+    assert predict.kernel_seconds(FORWARD_COST, TWO_TILES) == pytest.approx(64 * 2 * 128 * 0.1 / H100.clock_hz)
     # On 5 SMs, three after the other.
     assert predict.kernel_seconds(FORWARD_COST, TWO_TILES, 5) == pytest.approx(3 * 64 * 2 * 128 * 0.1 / H100.clock_hz)
 
@@ -49,8 +49,12 @@ def test_key_major_programs_own_a_tile_and_walk_all_queries() -> None:
 
 def test_padding_costs_no_tiles() -> None:
     padded = Workload("padded", 1, ((20, 8),), queries=64, heads=1, image_share=0.4)  # 8 rows of 20: a tile
-    # Two splits, as the host counts the tiles of the grid.
-    assert predict.kernel_seconds(FORWARD_COST, padded) == pytest.approx(64 * 64 * 0.1 / H100.clock_hz)
+    assert predict.kernel_seconds(FORWARD_COST, padded) == pytest.approx(64 * 128 * 0.1 / H100.clock_hz)
+
+
+def test_a_block_of_many_tiles_is_shared_out() -> None:
+    long = Workload("long", 1, ((128, 128),), queries=64, heads=1)  # 128 tiles of one block, by 32 programs
+    assert predict.kernel_seconds(FORWARD_COST, long) == pytest.approx(64 * 4 * 128 * 0.1 / H100.clock_hz)
 
 
 def test_step_is_the_sum_of_its_kernels_without_the_totals() -> None:
