@@ -44,9 +44,10 @@ def forward(inputs: AttentionInputs) -> Tensor:
     dtype = sdpa_dtype(query, inputs.spatial_shapes)
     out = torch.empty_like(query) if value_dim == head_dim else query.new_empty(batch, heads, queries, value_dim)
     is_dense = fused_rounds_to_tf32(query.device, dtype)
-    step = heads_at_once(batch, heads, queries, keys * (head_dim + value_dim), query.device)
     if is_dense:
         step = min(heads, max(1, DEVICE_BLOCK // (4 * batch * queries * max(inputs.keys_per_scale()))))
+    else:
+        step = heads_at_once(batch, heads, queries, keys * (head_dim + value_dim), query.device)
     for first in range(0, heads, step):
         group = slice(first, first + step)
         tensors = inputs.differentiable()

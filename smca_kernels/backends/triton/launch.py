@@ -103,7 +103,7 @@ PROGRAM_TRIPS, MERGE_TRIPS, MERGED_PROGRAM_TRIPS = 5.0, 3.0, 3.0
 MERGED_ROWS = 16  # that a program merges: a part of every block_n
 TILED = ("forward", "query_major", "key_major")
 
-# Largest term of the expanded prior: some 6 · 2⁻²³ of which is its error: about a rounding step of P (channels.py).
+# Largest term of the expanded prior, which errs by some 6 · 2⁻²³ of it: about a rounding step of P (channels.py).
 # Of fp32 every block is direct, also one whose priors are all switched off.
 DIRECT_LIMITS = {torch.float16: 1024.0, torch.bfloat16: 4096.0, torch.float32: -1.0}
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smca_kernels import smca_attention
 from smca_kernels.backends import reference
-from smca_kernels.backends.sdpa import backward, forward
+from smca_kernels.backends.sdpa import backward, forward, operator
 from smca_kernels.backends.sdpa import columns as sdpa_columns
 from smca_kernels.inputs import AttentionInputs
 from smca_kernels.profiling.measure import saved_bytes
@@ -90,6 +90,33 @@ def test_results_by_columns_in_half_precision_are_within_their_budgets(
 ) -> None:
     monkeypatch.setattr(forward, "sdpa_dtype", lambda query, shapes: query.dtype)
     assert_passes(dataclasses.replace(case, dtype=dtype), generator, device)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 by plain products, head by head, on any device."""
+    for module in (forward, operator):
+        monkeypatch.setattr(module, "fused_rounds_to_tf32", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(forward, "DEVICE_BLOCK", 1)
+
+
+@pytest.mark.usefixtures("always_widened", "as_on_a_gpu")
+@pytest.mark.parametrize("case", SMALL_CASES, ids=names(SMALL_CASES))
+def test_results_by_plain_products_are_within_their_budgets(
+    case: Case, generator: torch.Generator, device: torch.device
+) -> None:
+    assert_passes(case, generator, device)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_plain_products_drop_out_without_nan_where_no_key_counts(
+    generator: torch.Generator, device: torch.device
+) -> None:
+    inputs = make_inputs(Case("empty", SHAPES, batch=2, queries=9, mask="empty_scale_padding"), generator, device)
+    for dropout_p in (0.3, 1.0):
+        found = run_backend(inputs, "sdpa", dropout_p=dropout_p)
+        assert all(tensor.isfinite().all() for tensor in found.values())
+    assert not found["output"].any()
 
 
 @pytest.mark.parametrize("prior", PRIORS)
