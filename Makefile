@@ -36,5 +36,5 @@ $(VENV)/.docs: $(READY)
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e ".[triton,model,transformers,export,demo,test,dev]" -c constraints.txt
+	$(BIN)/python -m pip install -e ".[triton,model,transformers,export,timm,hub,eval,video,serve,demo,test,dev]" -c constraints.txt
 	touch $@
