@@ -42,6 +42,7 @@ _TRAINED = ("pyramid-b2-trained", "pyramid-b16-trained")
 BARS: tuple[Bar, ...] = (
     Bar("time", FORWARD, "default", "naive", at_least=8.0, workloads=("full-b2",), device="cpu"),
     Bar("time", BOTH, "default", "naive", at_least=5.0, workloads=("full-b2",), device="cpu"),
+    *(Bar("slowdown", step, "default", "naive", at_most=0.0, plus=3.0, device="cpu") for step in (FORWARD, BOTH)),
     Bar("time", FORWARD, "default", "naive", at_least=10.0, workloads=_DETECTORS, dtypes=_HALF, device="cuda"),
     Bar("time", BOTH, "default", "naive", at_least=6.0, workloads=_DETECTORS, dtypes=_HALF, device="cuda"),
     Bar("time", FORWARD, "default", "fastest", at_least=1.3, dtypes=_HALF, device="cuda"),

@@ -30,7 +30,15 @@ from . import report as reporting
 from .admission import Clock, admit
 from .bars import BARS
 from .cases import SEED, BenchmarkCase
-from .measures import Effort, limit_rows, measure_memory, measure_overhead, measure_time, rotated_inputs
+from .measures import (
+    Effort,
+    limit_rows,
+    measure_memory,
+    measure_overhead,
+    measure_slowdown,
+    measure_time,
+    rotated_inputs,
+)
 from .planned_elements import planned_rows
 from .records import Report, Row, explain
 from .workloads import BOTH, DEFAULT_WORKLOADS, DTYPES, PLANNED, TINY, WORKLOADS, Workload
@@ -66,7 +74,7 @@ def measure(case: BenchmarkCase, clock: Clock, effort: Effort, report: Report) -
         admitted = admit(case, sets[0], clock, report)
     report.rows += limit_rows(case)
     times, sizes = measure_time(case, sets, admitted, effort), measure_memory(case, sets[0], admitted[BOTH])
-    for result in itertools.chain(times, sizes):
+    for result in itertools.chain(times, measure_slowdown(case, sets, admitted, effort), sizes):
         if isinstance(result, Row):
             report.rows.append(result)
         else:

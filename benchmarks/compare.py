@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMED = ("time", "replay", "overhead")
+TIMED = ("time", "slowdown", "replay", "overhead")
 COMPARED = (*TIMED, "saved", "peak")
 MEMORY_TOLERANCE = 0.01
 MUST_MATCH = ("device", "name", "threads", "float32_matmul_precision")  # in the environments of two runs

@@ -1,6 +1,7 @@
 """Measurements of `smca bench`: functions that give the rows of a case, one for each of workloads.MEASURES.
 
 - time: forward (without gradients) and forward + backward, peers in turns, inputs rotated past the caches.
+- slowdown: time beside a process that keeps one core busy, as a data loader does, over the time without; on CPUs.
 - replay: the same as CUDA graphs, for workloads so small that launching takes a good part of the time.
 - preparation: the part of a peer's forward that only builds masks or columns; it is in its time as well.
 - saved: what autograd keeps between forward and backward, as distinct storages, the inputs' own among them.
@@ -13,8 +14,12 @@ admission.py takes the time of a compiled peer's first call, planned_elements.py
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,12 +45,14 @@ from .cases import (
     without_gradients,
 )
 from .records import Row, Skipped, explain
-from .workloads import BOTH, FORWARD
+from .workloads import BOTH, CROWDED, FORWARD
 
 ROTATED_BYTES = 256e6  # of inputs used in turn, so that none is still in a cache
 MAX_ROTATED = 16
 OVERHEAD_CALLS = 100  # in one measurement, so that the clock's own cost does not count
 REPLAYED_ELEMENTS = 6e7  # up to here, launching may take longer than computing
+# Ends with the process that started it, however that ends.
+BUSY_PROCESS = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,33 @@ def measure_time(
                 else:
                     replays[peer.name] = replay
             yield from _times("replay", case, step, replays, effort)
+
+
+def measure_slowdown(
+    case: BenchmarkCase, sets: Sequence[CaseInputs], admitted: dict[str, list[str]], effort: Effort
+) -> Iterator[Row]:
+    """Rows of the time beside a busy process over the time without, for workloads of `CROWDED` on a CPU."""
+    if case.device.type != "cpu" or case.workload.name not in CROWDED:
+        return
+    for step, names in admitted.items():
+        calls = {name: [make_call(case.peers[name], step, inputs) for inputs in sets] for name in names}
+        quiet = {row.peer: row.value for row in _times("time", case, step, calls, effort)}
+        with busy_process(), grad_mode(step):
+            turns = {name: partial(in_turn, each) for name, each in calls.items()}
+            repeats = effort.repeats(sum(quiet.values()) / 1e3)
+            crowded = profiling.interleaved_times(turns, repeats, case.device)
+        for name, values in crowded.items():
+            yield case.row("slowdown", step, name, [1e3 * value / quiet[name] for value in values])
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Keep one core busy from another process."""
+    with subprocess.Popen([sys.executable, "-c", BUSY_PROCESS, str(os.getpid())]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _times(

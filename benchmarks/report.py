@@ -97,7 +97,7 @@ def markdown(run: Json) -> str:
     lines += [*_bars(run), *_peers(run)]
     for dtype, workload in table.timed():
         lines += _workload(table, dtype, workload)
-    lines += [*_computed(table), *_overhead(table), *_not_measured(run)]
+    lines += [*_slowdown(table), *_computed(table), *_overhead(table), *_not_measured(run)]
     return "\n".join(lines) + "\n"
 
 
@@ -199,6 +199,20 @@ def _replays(table: Table, dtype: str, workload: str) -> list[list[str]]:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def _slowdown(table: Table) -> list[str]:
+    rows = []
+    for (measure, workload, step, dtype, peer), row in table.rows.items():
+        if measure == "slowdown":
+            quiet = table.value("time", workload, step, dtype, peer)
+            rows.append(
+                [workload, dtype, step, table.label(peer, dtype, workload), _number(quiet, "{:.4g}"), _value(row)]
+            )
+    if not rows:
+        return []
+    headings = ["workload", "dtype", "step", "peer", "alone, ms", "times as long"]
+    return ["## Beside a process that keeps one core busy", "", *_table(headings, rows, 2)]
 
 
 def _computed(table: Table) -> list[str]:

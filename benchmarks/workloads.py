@@ -174,10 +174,13 @@ DEFAULT_WORKLOADS = {
 }
 # Workloads whose planned elements are counted, wherever the benchmark runs.
 PLANNED = ("pyramid-b2", *(f"pyramid-b2-{prior}" for prior in PRIORS))
+# Workloads that are measured beside a busy process as well.
+CROWDED = ("full-b2",)
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float16", "float32")}
 
 MEASURES = {  # name: unit
     "time": "ms",
+    "slowdown": "×",
     "replay": "ms",
     "preparation": "ms",
     "compile": "s",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import types
 from collections.abc import Callable, Sequence
 
@@ -121,3 +124,34 @@ def test_peak_is_what_goes_beyond_output_and_gradients(case: BenchmarkCase, monk
     monkeypatch.setattr(profiling, "peak_bytes", lambda call, device: outputs + 5_000_000)
     rows = [row for row in measures.measure_memory(case, inputs, ["naive"]) if isinstance(row, Row)]
     assert [row.value for row in rows if row.measure == "peak"] == [5.0]
+
+
+def test_slowdown_is_measured_beside_a_process_that_ends_with_it(
+    case: BenchmarkCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    class Process(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str]) -> None:
+            super().__init__(command)
+            started.append(self)
+
+    monkeypatch.setattr(measures.subprocess, "Popen", Process)
+    sets, admitted = [case.inputs()], {FORWARD: ["sdpa"], BOTH: ["naive", "sdpa"]}
+    assert list(measures.measure_slowdown(case, sets, admitted, QUICK)) == []
+    assert started == []
+    monkeypatch.setattr(measures, "CROWDED", (case.workload.name,))
+    rows = list(measures.measure_slowdown(case, sets, admitted, QUICK))
+    assert [(row.measure, row.step, row.peer, row.unit) for row in rows] == [
+        ("slowdown", FORWARD, "sdpa", "×"),
+        ("slowdown", BOTH, "naive", "×"),
+        ("slowdown", BOTH, "sdpa", "×"),
+    ]
+    assert all(row.value > 0 for row in rows)
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+def test_busy_process_ends_with_the_one_that_started_it() -> None:
+    start = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())])"
+    # It holds the pipe, at whose end `run` waits.
+    subprocess.run([sys.executable, "-c", start, measures.BUSY_PROCESS], check=True, stdout=subprocess.PIPE, timeout=60)

@@ -30,6 +30,7 @@ from smca_kernels.backends.sdpa.forward import (
     narrow,
     nearest_cells,
 )
+from smca_kernels.backends.sdpa.threads import share_out
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 # Far keys' probabilities must not become subnormal numbers, with which CPUs compute up to 100 times slower.
@@ -180,39 +181,43 @@ def backward_in_blocks(gradients: GradientAccumulator, inputs: AttentionInputs) 
         for tensor in (*nearest_cells(inputs.center, gradients.ignored_keys, shapes, exact), inputs.precision)
     )
     grad_center, grad_precision = (q.new_empty(batch_heads, queries, 2 * len(shapes)) for _ in range(2))
-    limit = max_block_scores(q.device)
-    # Reused from block to block: fresh memory would cost a page fault every 4 KiB.
-    most_keys = max(inputs.keys_per_scale())
-    workspace = q.new_empty(3, max(most_keys, min(limit, batch_heads * queries * most_keys)))
-    step = max(1, limit // 4 // (queries * len(axes.coordinate)))
-    for first in range(0, batch_heads, step):
-        group = slice(first, min(first + step, batch_heads))
-        index = axes.of_coordinate.expand(group.stop - first, queries, -1)
-        origin, mirror, p = (tensor[group].gather(2, index) for tensor in (nearest, mirrored, precision))
-        distance = axes.coordinate - origin  # [heads of the group, N, Σ width + height]
-        product = (axes.coordinate + mirror).mul_(distance)
-        prior = (product * p).to(q.dtype)
-        distance, product, p = distance.to(q.dtype), product.to(q.dtype), p.to(q.dtype)
-        over_other = torch.empty_like(p)  # dS summed over the other axis
-        for s, (height, width) in enumerate(shapes):
-            keys, columns, rows = axes.slices[s]
-            prior_x, prior_y = prior[..., columns], prior[..., rows]
-            for h, n in blocks_of(group.stop - first, queries, height * width, limit):
-                tiles = tiles_per_head(height, width) if h.stop - h.start == 1 else 1
-                size = tiles * (h.stop - h.start), n.stop - n.start, height * width // tiles
-                scores = workspace[:, : math.prod(size)].view(3, *size)
-                # [heads, n, tiles, rows of a tile], of which heads or tiles are 1, and [heads, n, 1, width]
-                of_rows, of_columns = prior_y[h, n].unflatten(2, (tiles, -1)), prior_x[h, n].unsqueeze(2)
-                grid = scores[0].unflatten(2, (-1, width))
-                torch.add(of_rows.transpose(1, 2).flatten(0, 1).unsqueeze(3), of_columns, out=grid)
-                grid.neg_()
-                block = slice(first + h.start, first + h.stop), n, keys, s
-                grad_s, factor = gradients.add(scores, block)
-                grid = grad_s.unflatten(2, (-1, width)).unflatten(0, (-1, tiles))  # [heads, tiles, n, rows, width]
-                over_other[h, n, columns] = grid.sum(3).sum(1) * factor
-                over_other[h, n, rows] = grid.sum(4).transpose(1, 2).flatten(2) * factor
-        torch.matmul(over_other * product, -total, out=grad_precision[group])
-        torch.matmul(over_other.mul_(distance).mul_(p), total * 2, out=grad_center[group])
+
+    def of_heads(first: int, last: int) -> None:
+        limit = max_block_scores(q.device)
+        # Reused from block to block: fresh memory would cost a page fault every 4 KiB.
+        most_keys = max(inputs.keys_per_scale())
+        workspace = q.new_empty(3, max(most_keys, min(limit, (last - first) * queries * most_keys)))
+        step = max(1, limit // 4 // (queries * len(axes.coordinate)))
+        for start in range(first, last, step):
+            group = slice(start, min(start + step, last))
+            index = axes.of_coordinate.expand(group.stop - start, queries, -1)
+            origin, mirror, p = (tensor[group].gather(2, index) for tensor in (nearest, mirrored, precision))
+            distance = axes.coordinate - origin  # [heads of the group, N, Σ width + height]
+            product = (axes.coordinate + mirror).mul_(distance)
+            prior = (product * p).to(q.dtype)
+            distance, product, p = distance.to(q.dtype), product.to(q.dtype), p.to(q.dtype)
+            over_other = torch.empty_like(p)  # dS summed over the other axis
+            for s, (height, width) in enumerate(shapes):
+                keys, columns, rows = axes.slices[s]
+                prior_x, prior_y = prior[..., columns], prior[..., rows]
+                for h, n in blocks_of(group.stop - start, queries, height * width, limit):
+                    tiles = tiles_per_head(height, width) if h.stop - h.start == 1 else 1
+                    size = tiles * (h.stop - h.start), n.stop - n.start, height * width // tiles
+                    scores = workspace[:, : math.prod(size)].view(3, *size)
+                    # [heads, n, tiles, rows of a tile], of which heads or tiles are 1, and [heads, n, 1, width]
+                    of_rows, of_columns = prior_y[h, n].unflatten(2, (tiles, -1)), prior_x[h, n].unsqueeze(2)
+                    grid = scores[0].unflatten(2, (-1, width))
+                    torch.add(of_rows.transpose(1, 2).flatten(0, 1).unsqueeze(3), of_columns, out=grid)
+                    grid.neg_()
+                    block = slice(start + h.start, start + h.stop), n, keys, s
+                    grad_s, factor = gradients.add(scores, block)
+                    grid = grad_s.unflatten(2, (-1, width)).unflatten(0, (-1, tiles))  # [heads, tiles, n, rows, width]
+                    over_other[h, n, columns] = grid.sum(3).sum(1) * factor
+                    over_other[h, n, rows] = grid.sum(4).transpose(1, 2).flatten(2) * factor
+            torch.matmul(over_other * product, -total, out=grad_precision[group])
+            torch.matmul(over_other.mul_(distance).mul_(p), total * 2, out=grad_center[group])
+
+    share_out(of_heads, batch_heads, batch_heads * queries * gradients.k.shape[1], q)
     shape = batch_heads, queries, len(shapes), 2
     return grad_center.view(shape), grad_precision.view(shape)
 

@@ -26,6 +26,7 @@ from smca_kernels.backends.sdpa.columns import (
     query_coefficients,
     valid_ranges,
 )
+from smca_kernels.backends.sdpa.threads import share_out
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 MAX_DENSE_SCORES = 2**14  # up to here a bias of queries × keys costs less than widened keys
@@ -38,23 +39,28 @@ def forward(inputs: AttentionInputs) -> Tensor:
     query, scale_weights = inputs.query, inputs.scale_weights
     batch, heads, queries, head_dim = query.shape
     _, _, keys, value_dim = inputs.value.shape
-    if batch * heads * queries * keys <= MAX_DENSE_SCORES:
+    scores = batch * heads * queries * keys
+    if scores <= MAX_DENSE_SCORES:
         out = combine_scales(dense_outputs(inputs), scale_weights)
         return out if out.dtype == query.dtype else out.to(query.dtype)
     dtype = sdpa_dtype(query, inputs.spatial_shapes)
     out = torch.empty_like(query) if value_dim == head_dim else query.new_empty(batch, heads, queries, value_dim)
     is_dense = fused_rounds_to_tf32(query.device, dtype)
-    if is_dense:
-        step = min(heads, max(1, DEVICE_BLOCK // (4 * batch * queries * max(inputs.keys_per_scale()))))
-    else:
-        step = heads_at_once(batch, heads, queries, keys * (head_dim + value_dim), query.device)
-    for first in range(0, heads, step):
-        group = slice(first, first + step)
-        tensors = inputs.differentiable()
-        part: dict[str, Any] = {n: t if t.shape[1] == 1 else t[:, group] for n, t in tensors.items()}
-        some_heads = replace(inputs, **part)
-        outputs = dense_outputs(some_heads) if is_dense else widened_outputs(some_heads, dtype)
-        out[:, group] = combine_scales(outputs, some_heads.scale_weights)
+    tensors = inputs.differentiable()
+
+    def of_heads(first: int, last: int) -> None:
+        if is_dense:
+            step = max(1, DEVICE_BLOCK // (4 * batch * queries * max(inputs.keys_per_scale())))
+        else:
+            step = heads_at_once(batch, last - first, queries, keys * (head_dim + value_dim), query.device)
+        for start in range(first, last, step):
+            group = slice(start, min(start + step, last))
+            part: dict[str, Any] = {n: t if t.shape[1] == 1 else t[:, group] for n, t in tensors.items()}
+            some_heads = replace(inputs, **part)
+            outputs = dense_outputs(some_heads) if is_dense else widened_outputs(some_heads, dtype)
+            out[:, group] = combine_scales(outputs, some_heads.scale_weights)
+
+    share_out(of_heads, heads, scores, query)
     return out
 
 
