@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from smca_kernels.backends import reference
-from smca_kernels.backends.sdpa import operator as sdpa
+from smca_kernels.backends.sdpa import operator as sdpa_operator
 from smca_kernels.inputs import AttentionInputs
 
 BACKENDS = ("triton", "sdpa", "reference")  # fastest first
@@ -36,7 +36,7 @@ def load(name: str) -> ModuleType:
         from smca_kernels.backends.triton import operator
 
         return operator
-    return sdpa if name == "sdpa" else reference
+    return sdpa_operator if name == "sdpa" else reference
 
 
 def check_triton() -> None:

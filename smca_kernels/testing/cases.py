@@ -209,6 +209,8 @@ CASES: tuple[Case, ...] = (
     Case("head_dim 64", ((9, 10),), head_dim=64, quick=True),
     Case("head_dim 100", ((5, 9),), head_dim=100),
     Case("head_dim 128", ((9, 10),), head_dim=128, quick=True),
+    Case("values half as wide", ((5, 9), (3, 5)), batch=2, value_dim=16, mask="valid_shapes", quick=True),
+    Case("values twice as wide", ((9, 10),), heads=2, head_dim=24, value_dim=48, prior_heads=1),
     Case("one scale", ((13, 21),), queries=40),
     Case("three scales, padded batch", ((9, 10), (5, 5), (3, 2)), batch=2, mask="valid_shapes", quick=True),
     Case("four scales", ((9, 13), (5, 7), (3, 4), (2, 2)), batch=2, mask="padding"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,23 @@ def test_one_size_is_that_of_all_images():
 
 
 # --- files ---
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_torch_file_becomes_a_package_of_aotinductor_for_any_size(tmp_path):
+    model = tiny_detector(decoder_layers=1)
+    export.export(model, tmp_path / "model.pt2", "torch")
+
+    program = torch.export.load(tmp_path / "model.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    detector = torch._inductor.aoti_load_package(package)
+
+    for batch, height, width in ((1, 70, 97), (3, 128, 65)):
+        images = torch.randn(batch, 3, height, width)
+        expected = model(list(images))
+        for actual, name in zip(detector(images), ("pred_logits", "pred_boxes"), strict=True):
+            torch.testing.assert_close(actual, expected[name], rtol=0, atol=1e-4)
 
 
 def test_a_torch_file_runs_without_this_library_and_says_how(tmp_path):

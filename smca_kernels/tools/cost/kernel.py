@@ -291,7 +291,7 @@ def ptxas_warnings(ptx: str, arch: int) -> list[str]:
     target = re.search(r"^\s*\.target\s+(\w+)", ptx, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
+        source.write_text(ptx, encoding="utf-8")
         command = [ptxas.path, "-v", f"--gpu-name={target[1] if target else f'sm_{arch}'}", source, "-o", f"{source}.o"]
         try:
             run = subprocess.run(command, check=True, capture_output=True, text=True)

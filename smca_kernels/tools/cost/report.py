@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smca_kernels.files import replacing, write_text
 from smca_kernels.tools.cost.architectures import ARCHITECTURES
 from smca_kernels.tools.cost.kernel import (
     MissingTool,
@@ -189,10 +190,11 @@ def _run_job(job: Job, sass_directory: Path | None, cubin_directory: Path | None
             )
             name = f"{job.kernel}-sm_{job.arch}-{job.dtype}-{job.head_dim}".replace(" ", "_")
             if sass_directory is not None and cost.instructions is not None:
-                (sass_directory / f"{name}.sass").write_text(listing(compiled))
+                write_text(sass_directory / f"{name}.sass", listing(compiled))
             if cubin_directory is not None:
-                (cubin_directory / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
-                (cubin_directory / f"{name}.ptx").write_text(compiled.asm["ptx"])
+                with replacing(cubin_directory / f"{name}.cubin") as temporary:
+                    temporary.write_bytes(compiled.asm["cubin"])
+                write_text(cubin_directory / f"{name}.ptx", compiled.asm["ptx"])
                 row["cubin"] = str(cubin_directory / f"{name}.cubin")
         row |= _cost_cells(cost, chosen)
         return row | _schedule_cells(cost, chosen) | _warning_cells(compiled, job.arch)
