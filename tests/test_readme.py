@@ -84,7 +84,7 @@ def test_oldest_versions_are_the_same_everywhere() -> None:
     assert f"/torch-%E2%89%A5%20{portable}-" in README
     workflow = (ROOT / ".github/workflows/cpu.yml").read_text("utf-8")
     assert f'"torch=={kernels}.*" "triton=={triton}.*"' in workflow
-    assert f'".[model,export,demo,test]" "torch=={portable}.*"\n' in workflow
+    assert f'".[model,export,timm,hub,eval,video,serve,demo,test]" "torch=={portable}.*"\n' in workflow
     assert f'python: ["{python}", ' in workflow
     (transformers,) = re.findall(r'"transformers>=([\d.]+)"', metadata)
     assert f'"transformers=={transformers}.*"' in workflow
