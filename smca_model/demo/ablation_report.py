@@ -61,7 +61,7 @@ def read_runs(folder: Path) -> list[Run]:
             missing = [key for key in ("error", "evaluations", "settings", "versions") if key not in run]
             if missing:
                 raise ValueError(f"{record} must be the record of a run, but lacks {', '.join(missing)}")
-            run = {**run, "finished": not run["error"]}
+            run = {**run, "finished": bool(run["evaluations"]) and not run["error"]}
         else:
             run = {"error": "", "evaluations": read_evaluations(run_folder), "finished": False}
         runs.append({**run, "variant": name, "seed": int(seed)})
@@ -163,9 +163,8 @@ def format_report(plan: dict[str, Any], found: dict[str, Any], runs: list[Run]) 
         f"{training['epochs']} epochs, batches of {training['batch_size']}, learning rate {training['lr']:g} without a "
         "drop, one CPU thread. The paper's AP are those of COCO after 50 epochs, in percent.",
         "",
-        f"{over} runs are over, {begun} of them not finished or not finite. Mean ± standard deviation over seeds."
-        if begun
-        else f"{over} runs are over. Mean ± standard deviation over seeds.",
+        f"Finished runs: {over}{f'; under way or not finite: {begun}' if begun else ''}. Mean ± standard deviation "
+        "over the seeds of finished runs.",
     ]
     if found["equal_seconds"] is not None:
         lines += [

@@ -129,7 +129,7 @@ def test_a_run_that_is_not_finite_is_recorded_and_the_set_goes_on(
     ablations.run_ablations(tmp_path, seed=0)
     table = (tmp_path / "table.md").read_text()
     assert "- smca, seed 0: step 0: the loss giou is nan" in table
-    assert "1 runs are over, 1 of them not finished or not finite" in table
+    assert "Finished runs: 1; under way or not finite: 1." in table
 
 
 def test_a_damaged_record_ends_the_set_before_any_work(
@@ -247,7 +247,7 @@ def test_a_set_without_a_finished_run_has_a_report(
     ablations.check_plan(tmp_path)
     monkeypatch.setattr("sys.argv", ["ablation_report", str(tmp_path)])
     assert ablation_report.main() == 0
-    assert "0 runs are over" in capsys.readouterr().out
+    assert "Finished runs: 0." in capsys.readouterr().out
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
