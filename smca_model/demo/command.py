@@ -1,4 +1,7 @@
-"""`smca demo`: the layer on two photographs (photographs.py), then a detector that learns digits (learning.py)."""
+"""`smca demo`: the layer on two photographs (photographs.py), then a detector that learns digits (learning.py).
+
+With --ablations the paper's ablations in small (ablations.py), and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 from smca_kernels.tools.arguments import check_packages
 
-from . import learning, photographs
+from . import ablations, learning, photographs
 
 PACKAGES = (
     "matplotlib",
@@ -30,11 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "PyTorch, a table of time and memory, and a picture of prior and attention. Exit status 1 if parity fails. "
         "Then, the detector: a small SMCA is trained on "
         f"{learning.TRAIN_SCENES} scenes of real digits (five minutes on two CPU cores), evaluated on held-out ones, "
-        "and its detections and attention are drawn."
+        "and its detections and attention are drawn. --ablations trains the paper's variants instead, for hours."
     )
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--compare", action="store_true", help="train the same without spatial prior, for as long")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the detector's part; default: 0")
+    parser.add_argument(
+        "--ablations",
+        action="store_true",
+        help=f"instead of all this, the paper's Tables 2 and 3 in small: {len(ablations.VARIANTS)} variants, each with "
+        f"{ablations.SEEDS} seeds, in one CPU thread; what was interrupted goes on where it was",
+    )
+    seeds = "of the detector's part; of ablations the first one; default: %(default)s"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=seeds)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,10 +54,21 @@ def run(args: argparse.Namespace) -> int:
         ValueError: when it can't start.
     """
     check_packages(PACKAGES, "model,demo")
+    if args.ablations and args.compare:
+        raise ValueError("--compare can't be given with --ablations, which compare with detr-tiny anyway")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
+    if args.ablations:
+        try:
+            ablations.run_ablations(args.out / "ablations", seed=args.seed)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on where it was", file=sys.stderr)
+            raise
+        return 0
     status = photographs.run_layer(args.out)
     if status:
         return status

@@ -97,6 +97,7 @@ class Trainer:
             self.parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
         self.step = 0
         self.seconds = 0.0
+        self.cpu_seconds = 0.0  # of this process, all its threads
 
     @property
     def trained_model(self) -> SMCA:
@@ -113,6 +114,7 @@ class Trainer:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -122,6 +124,7 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.step, self.seconds = state["step"], state["seconds"]
+        self.cpu_seconds = state.get("cpu_seconds", 0.0)  # checkpoints did not always have it
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -129,11 +129,13 @@ def _train_epochs(
         saved = time.monotonic()
         while trainer.step < steps:
             window: list[dict[str, float]] = []
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             for micro_batches in epoch_batches(train_set, trainer):
                 window.append(trainer.train_step(micro_batches))
                 began, took = time.perf_counter(), time.perf_counter() - began
                 trainer.seconds += took
+                cpu_began, cpu_took = time.process_time(), time.process_time() - cpu_began
+                trainer.cpu_seconds += cpu_took
                 window[-1]["seconds_per_step"] = took
                 bar.update()
                 if trainer.step % settings.log_every == 0 or trainer.step % per_epoch == 0:
@@ -141,7 +143,7 @@ def _train_epochs(
                     window = []
                     bar.set_postfix(epoch=(trainer.step - 1) // per_epoch + 1, loss=f"{line['loss']:.3f}")
                     if metrics is not None:
-                        metrics.write("train", {"step": trainer.step, "seconds": trainer.seconds, **line})
+                        metrics.write("train", {"step": trainer.step, **_times(trainer), **line})
                 stopped = int(distributed.largest(stop.number, trainer.device))
                 late = time.monotonic() - saved > 60 * settings.save_minutes
                 if stopped or late or trainer.step % per_epoch == 0:
@@ -150,6 +152,10 @@ def _train_epochs(
                 if stopped:
                     raise Stopped(stopped)
             _evaluate_if_due(trainer, val_set, metrics, stop)
+
+
+def _times(trainer: Trainer) -> dict[str, float]:
+    return {"seconds": trainer.seconds, "cpu_seconds": trainer.cpu_seconds}
 
 
 def _averaged(window: list[dict[str, float]], device: torch.device) -> dict[str, float]:
@@ -184,7 +190,7 @@ def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics 
         detections = distributed.joined(detections)
         if metrics is not None:
             numbers, _ = average_precision(val_set.coco, detections)
-            metrics.write("val", {"step": trainer.step, "seconds": trainer.seconds, "epoch": epoch, **numbers})
+            metrics.write("val", {"step": trainer.step, **_times(trainer), "epoch": epoch, **numbers})
             log(f"epoch {epoch}: AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}")
 
 

@@ -67,7 +67,7 @@ def assert_same_state(one: Any, other: Any) -> None:
     assert type(one) is type(other)
     if isinstance(one, dict):
         assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds", "settings"}:
+        for key in one.keys() - {"seconds", "cpu_seconds", "settings"}:
             assert_same_state(one[key], other[key])
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other)
