@@ -1,14 +1,10 @@
-"""Feature maps of images: torchvision's ResNets as DETR uses them, a small network to train from scratch, timm's models.
-
-A backbone is a module with `channels`, {stride: channels}, whose forward turns images [B, 3, H, W] into
-{stride: map [B, channels, ⌈H / stride⌉, ⌈W / stride⌉]}.
-"""
+"""Feature maps of images: torchvision's ResNets as DETR uses them, a small network to train from scratch, timm's."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +22,22 @@ CUSTOM = "custom"  # the name of a module that was passed
 _TIMM_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
 
 
+class Backbone(nn.Module):
+    """A module that turns images [B, 3, H, W] into {stride: map [B, channels, ⌈H / stride⌉, ⌈W / stride⌉]}.
+
+    Attributes:
+        channels: {stride: channels} of these maps.
+    """
+
+    channels: dict[int, int]
+
+
 class _FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision has no types
     def reset_parameters(self) -> None:
         _reset_norms(self)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """A torchvision ResNet with frozen batch norm; stem and first stage are not trained, as in DETR.
 
     Args:
@@ -100,7 +106,7 @@ class ResNet(nn.Module):
         return {stride: maps[stage] for stride, stage in self.stages.items()}
 
 
-class TinyNet(nn.Module):
+class TinyNet(Backbone):
     """Five 3×3 convolutions and two residual blocks to a map at stride 8, for small images.
 
     Norms are those of each cell, over its channels: what is computed for an image depends on no other image of the
@@ -126,7 +132,7 @@ class TinyNet(nn.Module):
         return {8: self.body(images)}
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """A model of timm, by its name or as `timm.create_model(…, features_only=True)` gives it, with frozen batch norm.
 
     Maps with channels last are transposed. A model that rounds sizes down, or wants multiples of its stride, gets its
@@ -159,10 +165,9 @@ class TimmBackbone(nn.Module):
         self.wanted = tuple(strides)
         shown = f"{TIMM}{model}" if isinstance(model, str) else type(model).__name__
         if isinstance(model, str):
-            options = _timm_options(model, strides)
-            body = _create_timm(model, pretrained, **options)
+            body = _create_timm(model, pretrained, **_timm_options(model, strides))
         else:
-            body = model
+            body = cast("Any", model)
         self.channels = dict(zip(body.feature_info.reduction(), body.feature_info.channels(), strict=True))
         self.outputs = {stride: i for i, stride in enumerate(body.feature_info.reduction())}  # the last one of each
         kept = _timm_outputs(strides, self.channels, shown)
@@ -206,14 +211,16 @@ class TimmBackbone(nn.Module):
         return maps
 
 
-def build_backbone(name: str, strides: Sequence[int], dilation: bool = False, pretrained: bool = False) -> nn.Module:
+def build_backbone(name: str, strides: Sequence[int], dilation: bool = False, pretrained: bool = False) -> Backbone:
     """The backbone of that name; see `ResNet`, `TinyNet`, and, for names such as "timm/resnet18", `TimmBackbone`.
 
     Raises:
         ValueError: for another name, an option that the backbone does not have, or weights that can't be fetched.
     """
     if name == CUSTOM:
-        raise ValueError(f"backbone {CUSTOM!r} is a module that was passed to SMCA, and must be passed again: backbone=…")
+        raise ValueError(
+            f"backbone {CUSTOM!r} is a module that was passed to SMCA, and must be passed again: backbone=…"
+        )
     if name not in BACKBONES and not name.startswith(TIMM):
         known = ", ".join(map(repr, BACKBONES))
         raise ValueError(f"backbone must be one of {known}, or {TIMM}NAME with a model of timm, got {name!r}")
@@ -225,7 +232,7 @@ def build_backbone(name: str, strides: Sequence[int], dilation: bool = False, pr
     return TinyNet() if name == "tiny" else TimmBackbone(name.removeprefix(TIMM), strides, pretrained)
 
 
-def adapt_backbone(module: nn.Module, strides: Sequence[int]) -> nn.Module:
+def adapt_backbone(module: nn.Module, strides: Sequence[int]) -> Backbone:
     """A module as a backbone: itself where it has `channels` as ours do, a `TimmBackbone` where it has timm's maps.
 
     Raises:
@@ -234,7 +241,7 @@ def adapt_backbone(module: nn.Module, strides: Sequence[int]) -> nn.Module:
     """
     channels = getattr(module, "channels", None)
     if isinstance(channels, Mapping) and channels and all(isinstance(stride, int) for stride in channels):
-        return module
+        return cast("Backbone", module)
     if isinstance(module, nn.Module) and hasattr(module, "feature_info"):
         return TimmBackbone(module, strides)
     raise TypeError(
@@ -265,11 +272,11 @@ def _outputs(wanted: Sequence[int], available: Sequence[int]) -> list[int]:
     return sorted({min(stride, deepest) for stride in wanted if stride in available or stride > deepest})
 
 
-def _create_timm(name: str, pretrained: bool, **options: Any) -> nn.Module:
+def _create_timm(name: str, pretrained: bool, **options: Any) -> Any:
     import timm
 
     try:
-        model: nn.Module = timm.create_model(name, features_only=True, pretrained=pretrained, **options)
+        model = timm.create_model(name, features_only=True, pretrained=pretrained, **options)
     except TypeError:
         raise  # an option that the model doesn't have
     except Exception as error:  # of whatever kind timm, the hub and the network have
@@ -338,7 +345,9 @@ def _layout(body: nn.Module, channels: Mapping[int, int], outputs: Mapping[int, 
                 body.get_parameter(name).requires_grad_(False)
             return not first, padded
         reason = f"images of {size[0]}×{size[1]} pixels give maps of {found}"
-    raise ValueError(f"backbone must give maps of images of any size, of one cell a stride begun, got {shown} ({reason})")
+    raise ValueError(
+        f"backbone must give maps of images of any size, of one cell a stride begun, got {shown} ({reason})"
+    )
 
 
 def _run_without_storage(
@@ -365,12 +374,14 @@ def _run_without_storage(
 
 def _with_frozen_norms(body: nn.Module, shown: str, ones: bool) -> nn.Module:
     """The model with its batch norms frozen, in place; `ones` sets their factors to 1."""
-    from timm.layers import freeze_batch_norm_2d
+    from timm.layers.norm_act import freeze_batch_norm_2d
 
     body = freeze_batch_norm_2d(body)
     others = [name for name, each in body.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
     if others:
-        raise ValueError(f"backbone must have batch norms that can be frozen, over images, got {shown} with {others[0]}")
+        raise ValueError(
+            f"backbone must have batch norms that can be frozen, over images, got {shown} with {others[0]}"
+        )
     if ones:
         for norm in _frozen_norms(body):
             nn.init.ones_(norm.get_buffer("weight"))

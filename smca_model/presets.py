@@ -89,7 +89,8 @@ def build(
         preset: a name in `PRESETS`.
         num_classes: labels 0…num_classes-1.
         backend: of the co-attention, as `smca_attention`; not part of the saved configuration.
-        pretrained_backbone: fetch torchvision's ImageNet weights for the backbone, or timm's; nothing is downloaded otherwise.
+        pretrained_backbone: fetch torchvision's ImageNet weights for the backbone, or timm's; nothing is downloaded
+            otherwise.
         overrides: other fields of `Config`.
 
     Raises:
