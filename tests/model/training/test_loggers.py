@@ -169,4 +169,4 @@ def test_a_full_disk_for_tensorboard_is_a_warning_too(tmp_path: Path, caplog: py
         for step in (1, 2, 3):
             loggers.log(step, numbers)
     (record,) = caplog.records
-    assert str(tmp_path / "tensorboard") in record.getMessage() or "File too large" in record.getMessage()
+    assert str(tmp_path / "tensorboard") in record.getMessage()

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from small_disk import files_of_at_most
 
 from smca_model.training.metrics import Metrics, read_metrics
