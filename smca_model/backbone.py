@@ -199,7 +199,9 @@ class TimmBackbone(Backbone):
         height, width = images.shape[2:]
         if self.padded:
             deepest = max(self.channels)
-            images = F.pad(images, (0, -width % deepest, 0, -height % deepest))
+            # So written, a tracer can follow the sizes.
+            rows, columns = ((side - 1) // deepest + 1 for side in (height, width))
+            images = F.pad(images, (0, columns * deepest - width, 0, rows * deepest - height))
         if self.scale is not None and self.shift is not None:
             images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
         features = self.body(images)
