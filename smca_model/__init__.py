@@ -1,8 +1,8 @@
 """SMCA, the detector: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021.
 
 In the paper's order: backbone.py, position_encoding.py, encoder.py, decoder.py, detector.py; config.py says what is
-built, presets.py names every model of the paper, weights.py loads and saves. It is trained by data/ and training/;
-train.py, evaluate.py, detect.py and export.py are commands. The names below are imported when first used.
+built, presets.py names every model of the paper, weights.py loads and saves, hub.py shares. It is trained by data/ and
+training/; train.py, evaluate.py, detect.py and export.py are commands. The names below are imported when first used.
 """
 
 from importlib import import_module

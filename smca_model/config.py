@@ -14,10 +14,11 @@ class Config:
     """All that a detector is built from; every field is plain, so that it can be saved as JSON.
 
     Attributes:
-        backbone: "resnet50", "resnet101" or "tiny".
+        backbone: "resnet50", "resnet101", "tiny", or a model of timm, such as "timm/resnet18"; "custom" where a module
+            was passed.
         dilation: dilated last stage (DC5), which then has stride 16; for ResNets.
-        strides: pixels per cell of every scale, ascending. A ResNet has 4, 8, 16 and 32, "tiny" has 8; from the
-            deepest it goes on by factors of 2.
+        strides: pixels per cell of every scale, ascending. A ResNet has 4, 8, 16 and 32, "tiny" has 8, a model of
+            timm its own; from the deepest it goes on by factors of 2.
         encoder: kinds of self-attention blocks, such as "6intra" or "2intra+1multi+2intra".
         share_self_attention, share_ffn: whether the scales have the encoder's weights in common.
         hidden_dim: channels, a multiple of 4 and of num_heads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torchvision.ops import box_convert
 
 from smca_kernels import SpatiallyModulatedCoAttention
 
-from .backbone import build_backbone
+from .backbone import CUSTOM, adapt_backbone, build_backbone
 from .config import MAX_SIZE, SIZES, Config
 from .decoder import Decoder
 from .encoder import Encoder, encoder_kinds
@@ -56,26 +57,43 @@ class SMCA(nn.Module):
     Args:
         config: what to build; see `Config`.
         backend: of the co-attention, as `smca_attention`; an attribute that may be changed at any time.
-        pretrained_backbone: fetch torchvision's ImageNet weights for the backbone. False builds without any download.
+        pretrained_backbone: fetch torchvision's or timm's weights for the backbone. False builds without any download.
+        backbone: a module in place of the configuration's: one with `channels`, {stride: channels}, that turns images
+            [B, 3, H, W] into {stride: map [B, channels, ⌈H / stride⌉, ⌈W / stride⌉]}, or a model of timm, as
+            `timm.create_model(…, features_only=True)` gives it, whose batch norms are then frozen.
 
     Attributes:
-        config, backend: as given.
+        config, backend: as given; with a module as backbone, its name in the configuration is "custom".
         classes: name of each label, "N/A" where one means nothing; empty until weights are loaded.
         image_size: pixels of the short side that images should be resized to, and the most of the longest. Weights
             carry it; COCO's until then.
 
     Raises:
+        TypeError: for a backbone that is neither.
         ValueError: for a configuration that can't be built, or weights that can't be fetched.
     """
 
-    def __init__(self, config: Config, *, backend: str = "auto", pretrained_backbone: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        backend: str = "auto",
+        pretrained_backbone: bool = False,
+        backbone: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config = config if backbone is None else replace(config, backbone=CUSTOM)
         self.backend = backend
         self.classes: tuple[str, ...] = ()
         self.image_size = COCO_IMAGE_SIZE
         dim, strides = config.hidden_dim, config.strides
-        self.backbone = build_backbone(config.backbone, strides, config.dilation, pretrained_backbone)
+        if backbone is None:
+            self.backbone = build_backbone(config.backbone, strides, config.dilation, pretrained_backbone)
+        else:
+            if config.dilation or pretrained_backbone:
+                option = "dilation" if config.dilation else "pretrained_backbone"
+                raise ValueError(f"{option} must be False with a module as backbone, got True")
+            self.backbone = adapt_backbone(backbone, strides)
         self.input_proj = nn.ModuleList(build_projections(self.backbone.channels, strides, dim))
         self.scale_embed = nn.Embedding(len(strides), dim) if len(strides) > 1 else None
         self.encoder = Encoder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.tools.arguments import check_packages
@@ -89,7 +89,8 @@ def build(
         preset: a name in `PRESETS`.
         num_classes: labels 0…num_classes-1.
         backend: of the co-attention, as `smca_attention`; not part of the saved configuration.
-        pretrained_backbone: fetch torchvision's ImageNet weights for the backbone; nothing is downloaded otherwise.
+        pretrained_backbone: fetch torchvision's ImageNet weights for the backbone, or timm's; nothing is downloaded
+            otherwise.
         overrides: other fields of `Config`.
 
     Raises:
@@ -111,6 +112,19 @@ def configure(preset: str, num_classes: int = 91, **overrides: Any) -> Config:
     if unknown:
         raise ValueError(f"overrides must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     return replace(PRESETS[preset], num_classes=num_classes, **overrides)
+
+
+def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
+    """The preset that a configuration differs least from, and the fields in which it does, but for `num_classes`."""
+
+    def changes(name: str) -> dict[str, Any]:
+        preset = asdict(PRESETS[name])
+        return {
+            field: value for field, value in asdict(config).items() if field != "num_classes" and value != preset[field]
+        }
+
+    name = min(PRESETS, key=lambda name: len(changes(name)))
+    return name, changes(name)
 
 
 def count(config: Config, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from .training.dry_run import dry_run, format_dry_run
 from .training.engine import TrainingError
 from .training.loop import train
 from .training.settings import Settings
+from .training.setup import check_packages_of
 from .training.signals import Stopped
 
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if item.name == "pretrained_backbone" or isinstance(default, bool):
             argument["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            argument |= {"nargs": "+", "type": item.metadata.get("type", str)}
+            argument = {"nargs": "+", "type": str, **argument}
         else:
             argument["type"] = type(default)
         if default not in ("", (), None) and not isinstance(default, bool):
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: when it can't start.
         OSError: with the file's name, when one can't be written.
     """
-    check_packages(("pycocotools", "safetensors", "scipy", "tensorboard", "torchvision", "tqdm"), "model")
+    check_packages(("pycocotools", "safetensors", "scipy", "torchvision", "tqdm"), "model")
     given = {item.name: getattr(args, item.name) for item in fields(Settings) if hasattr(args, item.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if args.resume:
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         if absent:
             raise ValueError(f"{' and '.join(f'--{name}' for name in absent)} must be given")
         settings = Settings(**given)
+    check_packages_of(settings)
     if args.dry_run:
         report = dry_run(settings)
         if distributed.rank() == 0:

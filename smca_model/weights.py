@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from smca_kernels.files import replacing
 from smca_kernels.nn import OFFICIAL_NAMES
@@ -95,13 +95,19 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> None:
+def save(
+    model: SMCA,
+    path: str | os.PathLike[str],
+    classes: Sequence[str],
+    evaluation: Mapping[str, float] | None = None,
+) -> None:
     """Write the weights with configuration, class names and the model's `image_size`; the file is replaced as a whole.
 
     Args:
         model: what to save.
         path: a file, usually ``*.safetensors``.
         classes: the name of every label in order, "N/A" for one that means nothing.
+        evaluation: what is known of these weights, such as their AP; `read_evaluation` reads it.
 
     Raises:
         ValueError: for another number of classes than the model has.
@@ -114,6 +120,8 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
         "classes": json.dumps(list(classes), ensure_ascii=False),
         "image_size": json.dumps(model.image_size),
     }
+    if evaluation is not None:
+        metadata["evaluation"] = json.dumps(dict(evaluation))
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
         try:
@@ -125,12 +133,32 @@ def save(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> N
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: Any) -> SMCA:
+def read_evaluation(path: str | os.PathLike[str]) -> dict[str, float]:
+    """What `save` was told of a file's weights; nothing where it was told nothing.
+
+    Raises:
+        ValueError: for what is no file of weights.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("evaluation", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"path must be a file of weights, got {os.fspath(path)}: {error}") from error
+    numbers = found if isinstance(found, dict) else {"evaluation": found}
+    if not all(isinstance(number, (int, float)) for number in numbers.values()):
+        raise ValueError(f"{os.fspath(path)} is damaged: its evaluation must be numbers by name, got {found!r}")
+    return numbers
+
+
+def load(
+    path: str | os.PathLike[str], *, backend: str = "auto", backbone: nn.Module | None = None, **overrides: Any
+) -> SMCA:
     """The detector that `save` wrote, on the CPU, in evaluation mode, with its `classes` and `image_size`.
 
     Args:
         path: the file.
         backend: of the co-attention, as `smca_attention`.
+        backbone: the module, for a detector that was built with one; its weights are those of the file then.
         overrides: fields of `Config` that change no parameter, such as dropout.
 
     Raises:
@@ -153,7 +181,7 @@ def load(path: str | os.PathLike[str], *, backend: str = "auto", **overrides: An
     except TypeError as error:
         raise ValueError(f"overrides must be fields of Config, got {', '.join(overrides)} ({error})") from error
     try:
-        model = SMCA(config, backend=backend)
+        model = SMCA(config, backend=backend, backbone=backbone)
     except (ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{name} must hold a configuration that can be built, got {config} ({error})") from error
     _load_strictly(model, state, name)
@@ -268,7 +296,7 @@ def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any
     lacking = [
         part for part, weight in _SHARED_WITH_DETR.items() if not any(re.fullmatch(weight, target) for target in filled)
     ]
-    if model.config.backbone == "tiny":  # DETR has no such backbone, nor its projection
+    if not model.config.backbone.startswith("resnet"):  # DETR has no such backbone, nor its projection
         lacking = [part for part in lacking if part not in ("backbone", "input_proj")]
     elif not all(name in filled for name in ours if name.startswith("backbone.")):
         lacking = sorted({*lacking, "backbone"}, key=list(_SHARED_WITH_DETR).index)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..backbone import ResNet, TinyNet
+    from ..backbone import Backbone
 
 STRIDES = (16, 32, 64)
 # scikit-image ships these inside its package. The pictures show the query nearest to the point (x, y)
@@ -64,7 +64,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def build_resnet50(images: Tensor) -> tuple[ResNet | TinyNet, str]:
+def build_resnet50(images: Tensor) -> tuple[Backbone, str]:
     """The detector's ResNet-50, with ImageNet weights if they can be had soon, and a line that says which.
 
     Args:
@@ -97,7 +97,7 @@ def build_resnet50(images: Tensor) -> tuple[ResNet | TinyNet, str]:
     return backbone, f"ResNet-50 with RANDOM weights: the ImageNet weights could not be downloaded ({reason})"
 
 
-def scene_of(backbone: ResNet | TinyNet, images: Sequence[Tensor], device: torch.device) -> Scene:
+def scene_of(backbone: Backbone, images: Sequence[Tensor], device: torch.device) -> Scene:
     """The inputs of the layer: maps [B, 256, height, width] of each scale, normalised at every cell, and queries."""
     import torch
     from torch import nn

@@ -79,13 +79,15 @@ class Trainer:
         self.model = model
         self.device = model.device
         self.criterion = build_criterion(model.config.num_classes)
+        if settings.freeze_backbone:
+            model.backbone.requires_grad_(False)  # so autograd keeps nothing of what it computes
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         backbone = [p for n, p in trained if n.startswith("backbone.")]
         others = [p for n, p in trained if not n.startswith("backbone.")]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": others, "lr": settings.lr}, {"params": backbone, "lr": settings.lr_backbone}],
-            weight_decay=settings.weight_decay,
-        )
+        groups = [{"params": others, "lr": settings.lr}]
+        if not settings.freeze_backbone:
+            groups.append({"params": backbone, "lr": settings.lr_backbone})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.ema: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
@@ -144,10 +146,13 @@ class Trainer:
         # The criterion divides by the boxes of one batch, averaged over processes, at least 1.
         counts = [count / distributed.world_size() for count in distributed.summed(counts, self.device)]
         factor = self.settings.learning_rate_factor(self.step, self.steps_per_epoch)
-        for group, lr in zip(self.optimizer.param_groups, (self.settings.lr, self.settings.lr_backbone), strict=True):
+        rates = (self.settings.lr, self.settings.lr_backbone)
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=not self.settings.freeze_backbone):
             group["lr"] = lr * factor
         torch.manual_seed(derived_seed(self.settings.seed, DROPOUT, self.step, distributed.rank()))
         self.model.train()
+        if self.settings.freeze_backbone:  # norms of a module that was passed may not be frozen by themselves
+            self.model.backbone.eval()
         self.optimizer.zero_grad(set_to_none=True)
         report: dict[str, float] = {}
         for i, (images, targets) in enumerate(micro_batches):
@@ -176,8 +181,8 @@ class Trainer:
             self.ema.update_parameters(self.model)
         self.step += 1
         dropped = sum(target["dropped_boxes"] for _, targets in micro_batches for target in targets)
-        rates = {"grad_norm": float(norm), "lr": self.settings.lr * factor, "dropped_boxes": dropped}
-        return {"loss": sum(report.values()), **report, **rates}
+        others = {"grad_norm": float(norm), "lr": self.settings.lr * factor, "dropped_boxes": dropped}
+        return {"loss": sum(report.values()), **report, **others}
 
     def _losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = [image.to(self.device, non_blocking=True) for image in images]

@@ -1,15 +1,15 @@
 """A training run: AdamW on the weighted losses of every decoder layer, learning rate ÷ 10 once, as the paper trains.
 
 A run is a folder: checkpoint.pt (where it stands), model.safetensors (the weights to use, those of the moving average
-if there is one), metrics.jsonl and tensorboard/. A run that is stopped anywhere and resumed gives the same weights;
-engine.py says why.
+if there is one), best.safetensors (those of the best AP), metrics.jsonl, and what loggers write. A run that is stopped
+anywhere and resumed gives the same weights; engine.py says why.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ import torch
 from torch.utils.data import Subset
 
 from . import checkpoint, distributed
+from .best import Best
 from .distributed import log
 from .engine import Trainer, epoch_batches
+from .loggers import Logger, open_loggers
 from .metrics import Metrics, read_metrics
 from .setup import arithmetic, build_model, check_start, count_steps, images_per_step, open_data
 from .signals import Stopped, StopSignals
@@ -30,14 +32,20 @@ if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca t
 
 # Settings that may differ from those of the run that is resumed; the others decide about its numbers.
 CHANGEABLE = {"data", "out", "epochs", "lr_drop", "workers", "eval_every", "save_minutes", "log_every", "backend"}
+CHANGEABLE |= {"patience", "loggers"}
 
 
-def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
+def train(
+    settings: Settings, *, resume: bool = False, loggers: Mapping[str, Logger] | None = None
+) -> list[dict[str, Any]]:
     """Train to the last epoch, evaluating on the way; in every process of torchrun, or in one without it.
 
     Args:
         settings: of the run; with `resume`, they may differ from the checkpoint's in what `CHANGEABLE` names.
-        resume: go on from the checkpoint in `settings.out`.
+        resume: go on from the checkpoint in `settings.out`; a run that ended early stays as it is, unless `patience`
+            is now larger, or 0.
+        loggers: objects of your own, by name, that take the numbers beside those that `settings.loggers` names; they
+            are closed at the end.
 
     Returns:
         The run's evaluations, as `read_metrics` has them; nothing in processes other than 0.
@@ -67,6 +75,10 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
         if state is not None:
             read_metrics(out)  # a damaged file ends the run here, not after its work
             _check_continues(state, settings, facts, out / "checkpoint.pt")
+            ended = state.get("ended")
+            if ended and 0 < settings.patience <= ended["waited"]:
+                log(f"the run in {out} has ended: {_told(ended)}; a larger --patience goes on with it")
+                return _evaluations(out)
         model = build_model(
             settings,
             len(train_set.classes),
@@ -82,13 +94,16 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
                 raise ValueError(f"{out / 'checkpoint.pt'} does not fit the run that it is of ({reason})") from error
-        metrics = None
+        metrics = best = None
         if distributed.rank() == 0:
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"out must be a folder that can be made, got {out} ({error.strerror})") from None
-            metrics = Metrics(out, trainer.step)
+            opened = open_loggers(settings.loggers, out, asdict(settings), trainer.step)
+            metrics = Metrics(out, trainer.step, {**opened, **(loggers or {})})
+            stack.callback(metrics.loggers.close)
+            best = Best(out, _evaluations(out), resume)
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
             log(
                 f"{settings.preset}, {parameters / 1e6:.1f} M trained parameters, on {distributed.world_size()} × "
@@ -98,14 +113,24 @@ def train(settings: Settings, *, resume: bool = False) -> list[dict[str, Any]]:
             if train_set.degenerate_boxes:
                 log(f"{train_set.degenerate_boxes} boxes have no width or height and are left out")
 
-        def save() -> None:
+        def save(**ended: Any) -> None:
             if metrics is not None:
-                checkpoint.save(
-                    out / "checkpoint.pt", {"settings": asdict(settings), "facts": facts, **trainer.state()}
-                )
+                state = {"settings": asdict(settings), "facts": facts, **trainer.state(), **ended}
+                checkpoint.save(out / "checkpoint.pt", state)
 
-        _train_epochs(trainer, train_set, val_set, metrics, save, stop)
-        return [line for line in read_metrics(out) if "AP" in line] if metrics is not None else []
+        _train_epochs(trainer, train_set, val_set, metrics, best, save, stop)
+        return _evaluations(out) if metrics is not None else []
+
+
+def _evaluations(out: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(out) if "AP" in line]
+
+
+def _told(ended: dict[str, Any]) -> str:
+    return (
+        f"after epoch {ended['at']}, no better AP than {ended['AP']:.3f} of epoch {ended['epoch']} in "
+        f"{ended['waited']} evaluations"
+    )
 
 
 def _train_epochs(
@@ -113,7 +138,8 @@ def _train_epochs(
     train_set: CocoDetection,
     val_set: CocoDetection,
     metrics: Metrics | None,
-    save: Callable[[], None],
+    best: Best | None,
+    save: Callable[..., None],
     stop: StopSignals,
 ) -> None:
     from tqdm import tqdm
@@ -124,8 +150,9 @@ def _train_epochs(
         total=steps, initial=trainer.step, desc=settings.preset, unit="step", smoothing=0, disable=metrics is None
     )
     with bar:
-        if trainer.step and trainer.step % per_epoch == 0:  # stopped before or in an evaluation
-            _evaluate_if_due(trainer, val_set, metrics, stop)
+        stopped_before = trainer.step and trainer.step % per_epoch == 0  # before an evaluation, or in it
+        if stopped_before and _evaluate_if_due(trainer, val_set, metrics, best, save, stop):
+            return
         saved = time.monotonic()
         while trainer.step < steps:
             window: list[dict[str, float]] = []
@@ -151,7 +178,8 @@ def _train_epochs(
                     saved = time.monotonic()
                 if stopped:
                     raise Stopped(stopped)
-            _evaluate_if_due(trainer, val_set, metrics, stop)
+            if _evaluate_if_due(trainer, val_set, metrics, best, save, stop):
+                return
 
 
 def _times(trainer: Trainer) -> dict[str, float]:
@@ -165,19 +193,31 @@ def _averaged(window: list[dict[str, float]], device: torch.device) -> dict[str,
     return {n: total / count for n, total in zip(window[0], distributed.summed(sums, device), strict=True)}
 
 
-def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics | None, stop: StopSignals) -> None:
-    """Write weights and AP after each eval_every-th epoch and the last; each process detects in part of the images."""
+def _evaluate_if_due(
+    trainer: Trainer,
+    val_set: CocoDetection,
+    metrics: Metrics | None,
+    best: Best | None,
+    save: Callable[..., None],
+    stop: StopSignals,
+) -> bool:
+    """Write weights and AP after each eval_every-th epoch and the last; each process detects in part of the images.
+
+    Returns:
+        Whether the run ends early, in all processes alike.
+    """
     from .. import weights
     from ..evaluate import average_precision, detect_all
 
     settings, model = trainer.settings, trainer.trained_model
     epoch = trainer.step // trainer.steps_per_epoch
     if epoch < settings.epochs and (settings.eval_every == 0 or epoch % settings.eval_every):
-        return
+        return False
     if metrics is not None:
         weights.save(model, Path(settings.out) / "model.safetensors", val_set.classes)
     mine: Any = Subset(val_set, range(distributed.rank(), len(val_set), distributed.world_size()))
     mine.classes, mine.category_ids = val_set.classes, val_set.category_ids
+    waited = 0
     with stop.stopping_at_once():
         detections, _ = detect_all(
             model,
@@ -188,10 +228,20 @@ def _evaluate_if_due(trainer: Trainer, val_set: CocoDetection, metrics: Metrics 
             progress=metrics is not None,
         )
         detections = distributed.joined(detections)
-        if metrics is not None:
+        if metrics is not None and best is not None:
             numbers, _ = average_precision(val_set.coco, detections)
+            best.update(model, val_set.classes, {"step": trainer.step, "epoch": epoch, "AP": numbers["AP"]})
+            waited = best.waited
             metrics.write("val", {"step": trainer.step, **_times(trainer), "epoch": epoch, **numbers})
-            log(f"epoch {epoch}: AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}")
+            told = "the best so far" if not waited else f"the best is {best.evaluation['AP']:.3f} of epoch "
+            told += f"{best.evaluation['epoch']}" if waited else ""
+            log(f"epoch {epoch}: AP {numbers['AP']:.3f}, AP50 {numbers['AP50']:.3f}; {told}")
+    ends = 0 < settings.patience <= distributed.largest(waited, trainer.device) and epoch < settings.epochs
+    if ends and best is not None:
+        ended: dict[str, Any] = {**best.evaluation, "waited": waited, "at": epoch}
+        save(ended=ended)
+        log(f"the run ends {_told(ended)}")
+    return ends
 
 
 def _check_continues(state: dict[str, Any], settings: Settings, facts: dict[str, Any], path: Path) -> None:

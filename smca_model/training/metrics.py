@@ -1,43 +1,41 @@
-"""The numbers that a run reports: lines of JSON, and TensorBoard."""
+"""The numbers that a run reports: lines of JSON, which a resumed run goes on from, and loggers."""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from smca_kernels.files import naming, write_text
 
+from .loggers import Logger, Loggers
+
 
 class Metrics:
-    """The run's numbers as lines of metrics.jsonl and in TensorBoard.
+    """The run's numbers as lines of metrics.jsonl and in loggers.
 
     Args:
         folder: of the run.
         step: of the checkpoint it goes on from; lines after it are dropped, for their steps are run again.
+        loggers: what else takes the numbers, by name.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, step: int, loggers: Mapping[str, Logger]) -> None:
         self.path = folder / "metrics.jsonl"
         # The evaluation at the step itself is run again: it may not have come to its end.
         kept = [line for line in read_metrics(folder) if line["step"] < step + ("AP" not in line)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        _keep_quiet_what_flush_raises()
-        self.board_folder = folder / "tensorboard"
-        with naming(self.board_folder):
-            self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
+        self.loggers = Loggers(loggers)
 
     def write(self, group: str, numbers: dict[str, float]) -> None:
         """One line, of numbers by name; `step` is among them.
 
         Raises:
-            OSError: with the file's name, when it can't be written; no part of the line is left in it.
+            OSError: with the file's name, when it can't be written; no part of the line is left in it. Loggers raise
+                nothing.
         """
         # JSON has no infinity, which the norm of an overflown gradient in fp16 is.
         line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
@@ -49,22 +47,8 @@ class Metrics:
             except OSError:
                 os.truncate(self.path, whole)
                 raise
-        with naming(self.board_folder):
-            for name, number in numbers.items():
-                self.board.add_scalar(f"{group}/{name}", number, int(numbers["step"]))
-            self.board.flush()
-
-
-@functools.cache
-def _keep_quiet_what_flush_raises() -> None:
-    """Print no traceback for an OSError in the thread that writes TensorBoard's files: `flush` raises it again."""
-    print_traceback = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
-            print_traceback(args)
-
-    threading.excepthook = hook
+        named = {f"{group}/{name}": number for name, number in numbers.items() if name != "step"}
+        self.loggers.log(int(numbers["step"]), named)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

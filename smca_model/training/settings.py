@@ -8,8 +8,10 @@ from typing import Any
 
 from ..config import MAX_SIZE, SIZES
 from ..presets import configure
+from .loggers import LOGGERS
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+LR_BACKBONE = 1e-5
 DROP = 10.0  # the paper divides the learning rate by this, once
 
 
@@ -49,7 +51,8 @@ class Settings:
     epochs: int = option(50, "passes over the training images")
     lr_drop: int = option(40, "epoch from which the learning rate is a tenth")
     lr: float = option(1e-4, "learning rate")
-    lr_backbone: float = option(1e-5, "learning rate of the backbone")
+    lr_backbone: float = option(LR_BACKBONE, "learning rate of the backbone")
+    freeze_backbone: bool = option(False, "do not train the backbone, which saves time and memory")
     warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
     weight_decay: float = option(1e-4, "weight decay of AdamW")
     clip: float = option(0.1, "largest norm of the gradient")
@@ -62,12 +65,16 @@ class Settings:
     seed: int = option(0, "of everything random")
     deterministic: bool = option(False, "deterministic algorithms only; slower on a GPU")
     eval_every: int = option(1, "epochs between evaluations; 0: after the last only")
+    patience: int = option(0, "evaluations without a better AP after which the run ends; 0: it never ends early")
+    loggers: tuple[str, ...] = option(
+        ("tensorboard",), "where numbers go beside metrics.jsonl; none: there alone", nargs="*", choices=tuple(LOGGERS)
+    )
     save_minutes: float = option(30.0, "minutes between checkpoints inside an epoch")
     log_every: int = option(50, "steps between lines of metrics")
 
     def __post_init__(self) -> None:
         at_least = {"epochs": 1, "lr_drop": 0, "batch_size": 1, "accumulate": 1, "workers": 0, "log_every": 1}
-        at_least |= {"eval_every": 0, "warmup_steps": 0, "seed": 0}
+        at_least |= {"eval_every": 0, "patience": 0, "warmup_steps": 0, "seed": 0}
         at_least |= {"lr": 0, "lr_backbone": 0, "weight_decay": 0, "save_minutes": 0}
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
@@ -82,6 +89,13 @@ class Settings:
             raise ValueError(
                 f"weights and detr_weights can't both be a start, got {self.weights!r} and {self.detr_weights!r}"
             )
+        if self.freeze_backbone and self.lr_backbone != LR_BACKBONE:
+            raise ValueError(f"lr_backbone can't be given with freeze_backbone, got {self.lr_backbone}")
+        if self.patience and not self.eval_every:
+            raise ValueError(f"patience counts evaluations, of which eval_every=0 has one, got {self.patience}")
+        unknown = [name for name in self.loggers if name not in LOGGERS]
+        if unknown or len(set(self.loggers)) < len(self.loggers):
+            raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, each once, got {' '.join(self.loggers)}")
         configure(self.preset, **self.model_overrides())
 
     def model_overrides(self) -> dict[str, Any]:

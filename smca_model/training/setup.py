@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..presets import build
+from smca_kernels.tools.arguments import check_packages
+
+from ..presets import build, configure
 from . import distributed
+from .loggers import check_loggers
 from .seeds import INITIAL_WEIGHTS, derived_seed
 
 if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
@@ -31,6 +34,17 @@ def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
         *train_split, train=True, flip=settings.flip, crop=settings.crop, seed=settings.seed, **sizes
     )
     return train_set, CocoDetection(*val_split, train=False, classes=train_set.classes, **sizes)
+
+
+def check_packages_of(settings: Settings) -> None:
+    """Check that the packages that the settings ask for can be imported, without importing them.
+
+    Raises:
+        ValueError: naming what is missing, and what installs it.
+    """
+    check_loggers(settings.loggers)
+    if configure(settings.preset, **settings.model_overrides()).backbone.startswith("timm/"):
+        check_packages(("timm",), "timm")
 
 
 def check_start(settings: Settings) -> None:
@@ -83,6 +97,8 @@ def build_model(
         distributed.log(weights.start(model, settings.weights, classes))
     if from_weights and settings.detr_weights:
         distributed.log(str(weights.load_detr(model, settings.detr_weights)))
+    if settings.freeze_backbone and from_weights and not (wanted or settings.weights or settings.detr_weights):
+        distributed.log("the backbone is frozen with random weights")
     return model.to(device)
 
 

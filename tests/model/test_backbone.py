@@ -94,7 +94,10 @@ def test_pretrained_weights_that_can_not_be_fetched_are_told_plainly(monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet18"}, "backbone must be one of 'resnet50', 'resnet101', 'tiny', got 'resnet18'"),
+        (
+            {"name": "resnet18"},
+            "backbone must be one of 'resnet50', 'resnet101', 'tiny', or timm/NAME .*, got 'resnet18'",
+        ),
         ({"name": "tiny", "dilation": True}, "dilation must be False with backbone='tiny'"),
         ({"name": "tiny", "pretrained": True}, "pretrained_backbone must be False with backbone='tiny'"),
     ],
