@@ -22,13 +22,13 @@ def planned_rows(workloads: Sequence[Workload]) -> Iterator[Row]:
     """Rows of workloads without padding, in every dtype; none where Triton isn't installed."""
     if importlib.util.find_spec("triton") is None:
         return
-    from smca_kernels.backends.triton import launch, locality
+    from smca_kernels.backends.triton import configurations, locality
 
     for workload in workloads:
         for dtype_name in DTYPES["cuda"]:
             inputs = workload.inputs(dtype_name, SEED, torch.device("cpu"))
             dtype, head_dim = inputs.query.dtype, workload.head_dim
-            block = launch.configuration("forward", ARCHITECTURE, dtype, head_dim).block_n
+            block = configurations.configuration("forward", ARCHITECTURE, dtype, head_dim).block_n
             plan = locality.plan(inputs, block)
             counts = {"triton": plan.computed().sum().item(), "triton-all": float(workload.elements)}
             for peer, count in counts.items():

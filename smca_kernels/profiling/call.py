@@ -147,11 +147,11 @@ class RecordedCall:
         inputs = self.inputs
         if self.backend != "triton":
             return [(None, None)] * len(inputs.spatial_shapes)
-        from smca_kernels.backends.triton import launch
+        from smca_kernels.backends.triton import configurations, launch
 
         batch, heads, queries, head_dim = inputs.query.shape
-        arch = launch.architecture(inputs.query.device)
-        chosen = launch.configuration("forward", arch, inputs.query.dtype, head_dim)
+        arch = configurations.architecture(inputs.query.device)
+        chosen = configurations.configuration("forward", arch, inputs.query.dtype, head_dim)
         blocks = heads * -(-queries // chosen.block_n)
         plan = launch.read_plan(inputs)
 

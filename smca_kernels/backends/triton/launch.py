@@ -1,31 +1,29 @@
-"""How the kernels are launched: configurations and arguments.
-
-A configuration depends on the kernel, the dtype's width and the head dimension alone. Sizes are run-time values, so
-a new H×W, number of queries or batch size compiles nothing.
-"""
+"""How the kernels are launched: grids, splits, arguments and the memory that a pass needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from smca_kernels.backends.triton import hopper, locality
-from smca_kernels.backends.triton.backward import TERMS, key_major_kernel, prepare_kernel, query_major_kernel
 from smca_kernels.backends.triton.channels import AXIS_ROWS, MASKED, MIDDLE, ONE_UNIT, SQUARE_UNIT
+from smca_kernels.backends.triton.configurations import MERGED_ROWS, launch_arguments, merge_arguments
 from smca_kernels.backends.triton.forward import forward_kernel
+from smca_kernels.backends.triton.key_major import key_major_kernel
 from smca_kernels.backends.triton.merge import (
     SUMS,
     merge_key_gradients_kernel,
     merge_outputs_kernel,
     merge_query_gradients_kernel,
 )
+from smca_kernels.backends.triton.prepare import TERMS, prepare_kernel
+from smca_kernels.backends.triton.query_major import query_major_kernel
 from smca_kernels.backends.triton.windows import PATCH_H, PATCH_W, survey_kernel, window_kernel
 from smca_kernels.inputs import MAX_SCALES, AttentionInputs, SpatialShapes
 
@@ -34,166 +32,14 @@ MAX_PLANNED_QUERIES = 2048  # windows.place_in_strips
 # Pairs of a query and a key from which on a plan is made. On an H200 these are 400 µs of a forward pass, and a plan
 # takes about 50.
 MIN_PLANNED_ELEMENTS = 2**29
-LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """How a kernel is compiled. A block has as many queries in all kernels, as they share what is stored of it."""
-
-    block_n: int  # queries
-    keys: int  # of a tile
-    direct: int  # keys of a tile on the direct path; of the key-major kernel, queries
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None  # of a thread: what lets one more block run on an SM
-    blocks_per_sm: int = 1
-    tile_n: int = 64  # queries of a tile of the key-major kernel, a part of block_n
-
-
-# (kernel, Hopper or newer) → head dimension up to which a configuration holds, for half precision. Each is the fastest
-# of those tried: on Hopper as an H200 ran them, before as simulated (`smca cost`) and without a spilled register.
-CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
-    ("forward", False): {
-        32: Configuration(64, 64, 32, 4, 3, 128, 4),
-        64: Configuration(64, 64, 32, 4, 3, 168, 3),
-        128: Configuration(64, 64, 16, 4, 2, None, 2),
-    },
-    ("forward", True): {
-        32: Configuration(64, 64, 32, 4, 3, 96, 5),
-        64: Configuration(64, 64, 32, 4, 3, 168, 3),
-        128: Configuration(64, 64, 16, 4, 2, None, 2),
-    },
-    ("query_major", False): {
-        32: Configuration(64, 64, 16, 4, 3, None, 3),
-        64: Configuration(64, 32, 16, 4, 3, 168, 3),
-        128: Configuration(64, 32, 16, 8, 2, None, 1),
-    },
-    ("query_major", True): {
-        32: Configuration(64, 64, 16, 4, 3, 160, 3),
-        64: Configuration(64, 32, 16, 4, 3, 128, 4),
-        128: Configuration(64, 32, 16, 4, 2, None, 2),
-    },
-    ("key_major", False): {  # up to 32: KEY_MAJOR_32
-        64: Configuration(64, 64, 16, 4, 3, None, 2, tile_n=32),
-        128: Configuration(64, 32, 16, 4, 2, None, 2),
-    },
-    ("key_major", True): {
-        32: Configuration(64, 64, 32, 4, 3, 168, 3),
-        64: Configuration(64, 64, 32, 4, 3, None, 2),
-        128: Configuration(64, 32, 16, 4, 2, 255, 2),
-    },
-}
-# (sm_80, with a plan) → that of the key-major kernel before Hopper: where ptxas has just what three blocks leave it,
-# whether it spills is luck.
-KEY_MAJOR_32 = {
-    (True, False): Configuration(64, 64, 16, 4, 3, None, 3),
-    (True, True): Configuration(64, 64, 16, 4, 3, 168, 3),
-    (False, False): Configuration(64, 64, 32, 4, 3, 168, 3),
-    (False, True): Configuration(64, 64, 16, 4, 3, None, 2),
-}
-# Where products are FMAs, of fp32 inputs and below sm_80 of all, the kernels are alike.
-FMA_CONFIGURATIONS = {
-    32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
-    128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
-}
 MAX_SPLITS = 32  # programs that share a block of queries or a tile of keys
 # What a program costs beside its trips over tiles, and merging: at all, and for each program in a slot. In such trips.
 PROGRAM_TRIPS, MERGE_TRIPS, MERGED_PROGRAM_TRIPS = 5.0, 3.0, 3.0
-MERGED_ROWS = 16  # that a program merges: a part of every block_n
-TILED = ("forward", "query_major", "key_major")
 
 # Largest term of the expanded prior, which errs by some 6 · 2⁻²³ of it: about a rounding step of P (channels.py).
 # Of fp32 every block is direct, also one whose priors are all switched off.
 DIRECT_LIMITS = {torch.float16: 1024.0, torch.bfloat16: 4096.0, torch.float32: -1.0}
-
-
-def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, planned: bool = False) -> Configuration:
-    if kernel in ("prepare", "survey", "window"):
-        # A window's arithmetic is per query: more warps would repeat it.
-        warps = 1 if kernel == "window" else 4
-        return replace(
-            configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
-        )
-    by_fma = dtype == torch.float32 or arch < 80
-    if kernel == "key_major" and not by_fma and arch < 90 and head_dim <= 32:
-        return KEY_MAJOR_32[arch == 80, planned]
-    by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, arch >= 90]
-    return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
-
-
-@cache
-def architecture(device: torch.device) -> int:
-    """80 for compute capability 8.0; also on a CPU, where the interpreter runs what an A100 would."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def constants(
-    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str = "ieee"
-) -> dict[str, Any]:
-    """The compile-time arguments of a kernel."""
-    arguments: dict[str, Any] = {
-        "UNIT": unit,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
-        "BLOCK_N": chosen.block_n,
-    }
-    if kernel in TILED:
-        arguments |= {
-            "KEYS": chosen.keys,
-            "STAGES": chosen.num_stages,
-            "PRECISION": precision,
-            "DIRECT_ONLY": int(dtype == torch.float32),
-        }
-        if kernel == "key_major":
-            arguments |= {"TILE_N": chosen.tile_n, "DIRECT_N": chosen.direct}
-        else:
-            arguments["DIRECT_KEYS"] = chosen.direct
-    return arguments
-
-
-def launch_options(chosen: Configuration) -> dict[str, Any]:
-    """What Triton compiles a configuration with, beside its compile-time arguments."""
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
-    return options if chosen.max_registers is None else options | {"maxnreg": chosen.max_registers}
-
-
-def launch_arguments(
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    unit: int,
-    plain: bool = True,
-    planned: bool = False,
-) -> tuple[Configuration, dict[str, Any]]:
-    """The configuration of a kernel, and its compile-time arguments with Triton's launch options, not to be changed.
-
-    Where it is not `plain`, but has a mask or dropout, it takes as many registers as it needs.
-    """
-    chosen = configuration(kernel, architecture(device), dtype, head_dim, planned)
-    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(dtype))
-
-
-@cache
-def _launch_arguments(
-    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, plain: bool, precision: str
-) -> tuple[Configuration, dict[str, Any]]:
-    if not plain:
-        chosen = replace(chosen, max_registers=None)
-    return chosen, constants(kernel, chosen, dtype, head_dim, unit, precision) | launch_options(chosen)
-
-
-@cache
-def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
-    """Compile-time arguments and launch options for merging what a kernel's splits have left."""
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
-    sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": MERGED_ROWS}
-    return sizes | {"num_warps": 4, "num_stages": 1}
-
+LOG2E = math.log2(math.e)
 
 _position_tables: dict[torch.device, Tensor] = {}
 
@@ -225,13 +71,6 @@ def make_position_table(device: torch.device) -> Tensor:
         table[axis, 1:] = torch.stack(columns, 1)
     table[0, 0, 7].fill_(MASKED.value)  # an assignment would copy from the host, which a graph can't capture
     return torch.stack([table.half(), table.bfloat16().view(torch.float16)]).view(2, 2 * rows, 8)
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 products obey torch.set_float32_matmul_precision: "highest" is IEEE, anything lower may use TF32."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
 
 
 def stride_unit(tensors: Sequence[Tensor]) -> int:
@@ -366,7 +205,7 @@ def read_plan(inputs: AttentionInputs) -> locality.Plan | None:
         return None
     planned = plan(laid_out(inputs.detached()))
     batch, heads, queries, head_dim = inputs.query.shape
-    block = configuration("forward", architecture(inputs.query.device), inputs.query.dtype, head_dim).block_n
+    block = launch_arguments("forward", inputs.query.device, inputs.query.dtype, head_dim, 1)[0].block_n
     blocks, scales = -(-queries // block), len(inputs.spatial_shapes)
     windows = planned[..., queries : queries + blocks * scales * 4].view(batch, heads, blocks, scales, 4)
     return locality.Plan(planned[..., :queries].long(), windows.long(), block)

@@ -223,11 +223,11 @@ def smca_on_machine(arch: int, multiprocessors: int | None = None, **options: An
     Args:
         multiprocessors: by which the work is shared out; None: the architecture's, 0: never split.
     """
-    from smca_kernels.backends.triton import launch, operator, prior
+    from smca_kernels.backends.triton import configurations, launch, operator, prior
 
     count = MULTIPROCESSORS[arch] if multiprocessors is None else multiprocessors
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "architecture", return_value=arch))
+        stack.enter_context(mock.patch.object(configurations, "architecture", return_value=arch))
         stack.enter_context(mock.patch.object(launch, "multiprocessors", return_value=count))
         for module in (operator, prior):  # what may be interpreted on a CPU may be executed there
             stack.enter_context(mock.patch.object(module, "INTERPRETED", True))

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from smca_kernels.backends.triton.backward import key_major_kernel, prepare_kernel, query_major_kernel
+from smca_kernels.backends.triton.configurations import TILED, configuration, constants
 from smca_kernels.backends.triton.forward import forward_kernel
-from smca_kernels.backends.triton.launch import TILED, configuration, constants
+from smca_kernels.backends.triton.key_major import key_major_kernel
+from smca_kernels.backends.triton.prepare import prepare_kernel
+from smca_kernels.backends.triton.query_major import query_major_kernel
 from smca_kernels.backends.triton.windows import survey_kernel, window_kernel
 
 # pass → kernels in the order of their launches. What is planned reads the plan that the first two make.

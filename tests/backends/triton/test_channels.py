@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from smca_kernels.backends.triton import channels, launch, merge, operator  # noqa: E402
-from smca_kernels.backends.triton.backward import cells_in_strips, cells_outside  # noqa: E402
+from smca_kernels.backends.triton.key_major import cells_in_strips, cells_outside  # noqa: E402
 
 ROWS, KEYS = 16, 32
 EPS = torch.finfo(torch.float32).eps

@@ -22,7 +22,7 @@ from smca_kernels.testing.check import absolute_sums, attend, largest_errors, ne
 
 pytest.importorskip("triton")
 
-from smca_kernels.backends.triton import backward, forward, launch, operator, windows
+from smca_kernels.backends.triton import forward, key_major, launch, operator, prepare, query_major, windows
 
 SMALL = Case("", ((3, 5), (2, 2)), queries=5)
 
@@ -383,9 +383,9 @@ MODULES = {
     "survey_kernel": windows,
     "window_kernel": windows,
     "forward_kernel": forward,
-    "prepare_kernel": backward,
-    "key_major_kernel": backward,
-    "query_major_kernel": backward,
+    "prepare_kernel": prepare,
+    "key_major_kernel": key_major,
+    "query_major_kernel": query_major,
 }
 
 

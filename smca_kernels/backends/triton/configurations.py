@@ -1,0 +1,173 @@
+"""How each kernel is compiled: tiles, warps, stages and registers, and its compile-time arguments.
+
+A configuration depends on the kernel, the architecture, the dtype and the head dimension alone. Sizes are run-time
+values, so a new H×W, number of queries or batch size compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+TILED = ("forward", "query_major", "key_major")
+MERGED_ROWS = 16  # that a program merges: a part of every block_n
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is compiled. A block has as many queries in all kernels, as they share what is stored of it."""
+
+    block_n: int  # queries
+    keys: int  # of a tile
+    direct: int  # keys of a tile on the direct path; of the key-major kernel, queries
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None  # of a thread: what lets one more block run on an SM
+    blocks_per_sm: int = 1
+    tile_n: int = 64  # queries of a tile of the key-major kernel, a part of block_n
+
+
+# (kernel, Hopper or newer) → head dimension up to which a configuration holds, for half precision. Each is the fastest
+# of those tried: on Hopper as an H200 ran them, before as simulated (`smca cost`) and without a spilled register.
+CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
+    ("forward", False): {
+        32: Configuration(64, 64, 32, 4, 3, 128, 4),
+        64: Configuration(64, 64, 32, 4, 3, 168, 3),
+        128: Configuration(64, 64, 16, 4, 2, None, 2),
+    },
+    ("forward", True): {
+        32: Configuration(64, 64, 32, 4, 3, 96, 5),
+        64: Configuration(64, 64, 32, 4, 3, 168, 3),
+        128: Configuration(64, 64, 16, 4, 2, None, 2),
+    },
+    ("query_major", False): {
+        32: Configuration(64, 64, 16, 4, 3, None, 3),
+        64: Configuration(64, 32, 16, 4, 3, 168, 3),
+        128: Configuration(64, 32, 16, 8, 2, None, 1),
+    },
+    ("query_major", True): {
+        32: Configuration(64, 64, 16, 4, 3, 160, 3),
+        64: Configuration(64, 32, 16, 4, 3, 128, 4),
+        128: Configuration(64, 32, 16, 4, 2, None, 2),
+    },
+    ("key_major", False): {  # up to 32: KEY_MAJOR_32
+        64: Configuration(64, 64, 16, 4, 3, None, 2, tile_n=32),
+        128: Configuration(64, 32, 16, 4, 2, None, 2),
+    },
+    ("key_major", True): {
+        32: Configuration(64, 64, 32, 4, 3, 168, 3),
+        64: Configuration(64, 64, 32, 4, 3, None, 2),
+        128: Configuration(64, 32, 16, 4, 2, 255, 2),
+    },
+}
+# (sm_80, with a plan) → that of the key-major kernel before Hopper: where ptxas has just what three blocks leave it,
+# whether it spills is luck.
+KEY_MAJOR_32 = {
+    (True, False): Configuration(64, 64, 16, 4, 3, None, 3),
+    (True, True): Configuration(64, 64, 16, 4, 3, 168, 3),
+    (False, False): Configuration(64, 64, 32, 4, 3, 168, 3),
+    (False, True): Configuration(64, 64, 16, 4, 3, None, 2),
+}
+# Where products are FMAs, of fp32 inputs and below sm_80 of all, the kernels are alike.
+FMA_CONFIGURATIONS = {
+    32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
+    128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
+}
+
+
+def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, planned: bool = False) -> Configuration:
+    """The configuration of a kernel on an architecture (80 is sm_80), with a plan or without."""
+    if kernel in ("prepare", "survey", "window"):
+        # A window's arithmetic is per query: more warps would repeat it.
+        warps = 1 if kernel == "window" else 4
+        return replace(
+            configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
+        )
+    by_fma = dtype == torch.float32 or arch < 80
+    if kernel == "key_major" and not by_fma and arch < 90 and head_dim <= 32:
+        return KEY_MAJOR_32[arch == 80, planned]
+    by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, arch >= 90]
+    return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """80 for compute capability 8.0; also on a CPU, where the interpreter runs what an A100 would."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def constants(
+    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str = "ieee"
+) -> dict[str, Any]:
+    """The compile-time arguments of a kernel."""
+    arguments: dict[str, Any] = {
+        "UNIT": unit,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
+        "BLOCK_N": chosen.block_n,
+    }
+    if kernel in TILED:
+        arguments |= {
+            "KEYS": chosen.keys,
+            "STAGES": chosen.num_stages,
+            "PRECISION": precision,
+            "DIRECT_ONLY": int(dtype == torch.float32),
+        }
+        if kernel == "key_major":
+            arguments |= {"TILE_N": chosen.tile_n, "DIRECT_N": chosen.direct}
+        else:
+            arguments["DIRECT_KEYS"] = chosen.direct
+    return arguments
+
+
+def launch_options(chosen: Configuration) -> dict[str, Any]:
+    """What Triton compiles a configuration with, beside its compile-time arguments."""
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
+    return options if chosen.max_registers is None else options | {"maxnreg": chosen.max_registers}
+
+
+def launch_arguments(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    unit: int,
+    plain: bool = True,
+    planned: bool = False,
+) -> tuple[Configuration, dict[str, Any]]:
+    """The configuration of a kernel, and its compile-time arguments with Triton's launch options, not to be changed.
+
+    Where it is not `plain`, but has a mask or dropout, it takes as many registers as it needs.
+    """
+    chosen = configuration(kernel, architecture(device), dtype, head_dim, planned)
+    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(dtype))
+
+
+@cache
+def _launch_arguments(
+    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, plain: bool, precision: str
+) -> tuple[Configuration, dict[str, Any]]:
+    if not plain:
+        chosen = replace(chosen, max_registers=None)
+    return chosen, constants(kernel, chosen, dtype, head_dim, unit, precision) | launch_options(chosen)
+
+
+@cache
+def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
+    """Compile-time arguments and launch options for merging what a kernel's splits have left."""
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": MERGED_ROWS}
+    return sizes | {"num_warps": 4, "num_stages": 1}
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products obey torch.set_float32_matmul_precision: "highest" is IEEE, anything lower may use TF32."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
