@@ -51,7 +51,8 @@ def only_digit(generator_seed: int, background: float) -> tuple[np.ndarray, list
 def test_it_is_a_data_folder_of_ten_classes(folder: Path) -> None:
     pytest.importorskip("pycocotools")
     pytest.importorskip("torchvision")
-    from smca_model.data.coco import CocoDetection, find_split
+    from smca_model.data.coco import CocoDetection
+    from smca_model.data.layouts import find_split
 
     for split, scenes in (("train", TRAIN), ("val", VAL)):
         dataset = CocoDetection(*find_split(folder, split), train=False, sizes=(96,))
