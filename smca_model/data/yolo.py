@@ -365,7 +365,7 @@ def _names(settings: dict[str, Any], line_of: dict[str, int], file: Path) -> tup
             got = [key for key in names if key not in wanted]
             raise ValueError(f"{where}: names must be numbered 0 to {len(names) - 1}, got {_short(got)}")
         names = [names[number] for number in wanted]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"{where}: names must be a list of texts, or number them, got {_short(names)}")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{where}: each of names must be there once, repeated: {_short(repeated)}")
