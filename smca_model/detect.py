@@ -69,7 +69,7 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
 
     Args:
         image: uint8 [3, height, width].
-        found: of `detect`.
+        found: of `detect`; without scores, names are drawn alone.
         classes: name of each label.
     """
     import matplotlib
@@ -87,10 +87,12 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
     shades = [matplotlib.colormaps["tab20"](2 * i / 20)[:3] for i in range(10)]
     palette = [tuple(round(255 * part) for part in shade) for shade in shades]
     font, names = _legible([classes[label] for label in labels], labels)
+    if "scores" in found:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)]
     drawn: Tensor = draw_bounding_boxes(
         image,
         found["boxes"] * factor,
-        [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)],
+        names,
         colors=[palette[label % len(palette)] for label in labels],
         width=max(2, min(height, width) // 200),
         font=font,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import traceback
 import warnings
@@ -22,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 from ..config import MAX_SIZE, NO_CLASS, SIZES
 from .annotations import make_coco, some_of
 from .images import load_annotated_image, normalize, resize, resized_size
-from .layouts import Annotations, read_split
+from .layouts import Annotations, missing_files, read_split
 from .yolo import YoloSplit
 
 if TYPE_CHECKING:
@@ -151,14 +150,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def _check_files(self) -> None:
         if not self.images.is_dir():
             raise ValueError(f"images must be a folder, got {self.images}")
-        # A listing of each folder instead of a question per file, which takes minutes on network disks.
-        parts = [os.path.split(self.images / file) for file in self.files]
-        present = {folder: set(os.listdir(folder)) for folder in {f for f, _ in parts} if os.path.isdir(folder)}
-        missing = [
-            file
-            for file, (folder, name) in zip(self.files, parts, strict=True)
-            if name not in present.get(folder, ()) and not (self.images / file).is_file()
-        ]
+        missing = missing_files(self.images, self.files)
         if missing:
             raise ValueError(
                 f"images must hold every file of {self.annotations}, but {len(missing)} of {len(self.files)} are not "

@@ -8,6 +8,7 @@ YOLO        data.yaml, which names the rest (`yolo`)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,17 @@ def read_split(
     if isinstance(annotations, YoloSplit):
         return annotations.read(mistakes=mistakes, progress=progress)
     return read_annotations(annotations, classes=classes, mistakes=mistakes)
+
+
+def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of some names of files, as seen from a folder, that are not there.
+
+    Each folder is listed, instead of asking for each file, which takes minutes on network disks.
+    """
+    parts = [os.path.split(folder / name) for name in names]
+    present = {parent: set(os.listdir(parent)) for parent in {parent for parent, _ in parts} if os.path.isdir(parent)}
+    return [
+        name
+        for name, (parent, last) in zip(names, parts, strict=True)
+        if last not in present.get(parent, ()) and not (folder / name).is_file()
+    ]

@@ -29,6 +29,7 @@ ROUNDING = 1e-4  # how far beyond 0…1 a number counts as rounded: twice what f
 KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # of data.yaml
 NOTHING = {"", "~", "null", "Null", "NULL"}
 BOX = ("centre x", "centre y", "width", "height")
+NO_LABELS = {"classes.txt"}  # which labelImg writes beside the labels
 SHOWN = 5  # mistakes in one message
 
 
@@ -113,6 +114,17 @@ class YoloSplit:
         categories = [{"id": number, "name": name} for number, name in enumerate(self.names)]
         return {"images": images, "categories": categories, "annotations": annotations}
 
+    def labels_without_image(self) -> list[Path]:
+        """The label files in the folders of labels that no image of the split has."""
+        labels = LabelFiles()
+        used = {labels.of(path) for path in self._images([])}
+        unused = []
+        for source in filter(Path.is_dir, self.sources):
+            folder = next((each for each in label_folders(source) if each.is_dir()), source)
+            texts = (file for file in _walk(folder) if file.suffix.lower() == ".txt")
+            unused += [file for file in texts if file not in used and file.name not in NO_LABELS]
+        return unused
+
     def _name(self, path: Path) -> str:
         """An image's path as seen from `root`."""
         try:
@@ -165,7 +177,10 @@ def find_images(folder: Path) -> Iterator[Path]:
 
     Links are followed, but those that lead back to a folder around them.
     """
+    return (file for file in _walk(folder) if file.suffix.lower() in IMAGE_SUFFIXES)
 
+
+def _walk(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
         raise error
 
@@ -173,9 +188,7 @@ def find_images(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and not _leads_back(os.path.join(parent, name))
         )
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield Path(parent, name)
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _leads_back(path: str) -> bool:
