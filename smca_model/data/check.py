@@ -61,7 +61,9 @@ def _class_table(splits: Sequence[Split]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca data check`."""
-    parser.description = f"{PURPOSE[0].upper()}{PURPOSE[1:]}. Exit status 1 if training would refuse it."
+    parser.description = (
+        f"{PURPOSE[0].upper()}{PURPOSE[1:]}. Exit status 1 if there is something that training would refuse."
+    )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="in the layout of COCO, Roboflow or YOLO; or a data.yaml")
     add("--out", type=Path, metavar="FILE", help="draw some of the images with their boxes there, as PNG")

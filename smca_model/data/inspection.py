@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .annotations import some_of
-from .coco import CocoDetection, check_classes
+from .coco import CocoDetection
 from .images import DataError, load_annotated_image, read_header
 from .layouts import Annotations, NoSplitError, find_split, missing_files, read_split
 from .yolo import YoloSplit, find_images
@@ -153,19 +153,24 @@ def _read(split: Split, classes: Sequence[str] | None, upright: bool, progress: 
     _warn_of_boxes(split)
     _warn_of_files(split)
     _decode(split, set(missing), upright, progress)
-    try:
-        if classes is not None:
-            check_classes(classes, split.classes)
-        if not split.errors:  # the last word is that of what training opens
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                CocoDetection(split.folder, split.annotations, train=False, classes=classes)
+    besides, lacking = set(split.classes) - set(classes or split.classes), set(classes or ()) - set(split.classes)
+    if besides or lacking:
+        split.errors.append(
+            f"{split.annotations}: classes must be those of the splits before; "
+            f"{some_of(sorted(besides)) or 'none'} are new, {some_of(sorted(lacking)) or 'none'} are missing"
+        )
+    if split.errors:
+        return
+    try:  # the last word is that of what training opens
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            CocoDetection(split.folder, split.annotations, train=False, classes=classes)
     except ValueError as error:
         split.errors.append(str(error))
 
 
 def _warn_of_boxes(split: Split) -> None:
-    sides = np.array([(image["width"], image["height"]) for image in split.images], float)[split.rows]
+    sides = np.array([(each["width"], each["height"]) for each in split.images], float).reshape(-1, 2)[split.rows]
     low, size = split.boxes[:, :2], split.boxes[:, 2:]
     flat = np.any(size <= 0, axis=1)
     # Less than a pixel is rounding in the file, as in training.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 IN_A_ROW, ROWS = 4, 4
 SIDE = 4.0  # of a picture, in inches
 DOTS = 120  # an inch
+PIXELS = 480  # most of the shorter side of an image; it is drawn on in full before
 LONGEST_NAME = 40  # letters
 
 
@@ -34,7 +35,7 @@ def draw_samples(splits: Sequence[Split], path: Path, *, upright: bool = False) 
     from torchvision.ops import box_convert
 
     from ..detect import draw_boxes
-    from .images import load_annotated_image
+    from .images import load_annotated_image, resize
 
     chosen = choose(splits)
     if not chosen:
@@ -42,7 +43,7 @@ def draw_samples(splits: Sequence[Split], path: Path, *, upright: bool = False) 
     rows = -(-len(chosen) // IN_A_ROW)
     columns = min(len(chosen), IN_A_ROW)
     figure = Figure(figsize=(SIDE * columns, SIDE * rows), dpi=DOTS, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.axis("off")
     for panel, (split, row) in zip(panels, chosen, strict=False):
@@ -54,11 +55,12 @@ def draw_samples(splits: Sequence[Split], path: Path, *, upright: bool = False) 
             upright=upright or split.upright,
         )
         here = (split.rows == row) & (split.boxes[:, 2:] > 0).all(1)
-        found = {
-            "boxes": box_convert(torch.from_numpy(split.boxes[here]), "xywh", "xyxy"),
-            "labels": torch.from_numpy(split.labels[here]),
-        }
-        panel.imshow(draw_boxes(image, found, split.classes).movedim(0, -1).numpy())
+        limits = torch.tensor(image.shape[:0:-1]).repeat(2)
+        boxes = box_convert(torch.from_numpy(split.boxes[here]), "xywh", "xyxy").clamp(min=0).minimum(limits)
+        found = {"boxes": boxes, "labels": torch.from_numpy(split.labels[here])}
+        drawn = draw_boxes(image, found, split.classes)
+        drawn = resize(drawn, min(PIXELS, *drawn.shape[1:]), 2 * PIXELS)
+        panel.imshow(drawn.movedim(0, -1).numpy())
         name = (
             entry["file_name"] if len(entry["file_name"]) <= LONGEST_NAME else f"…{entry['file_name'][-LONGEST_NAME:]}"
         )

@@ -227,7 +227,7 @@ def _join(base: Path, path: str) -> Path:
     return Path(os.path.normpath(base / path))
 
 
-# --------------------------------------------------------------------------------------------------------- label files
+# ---------------------------------------------------------------------------------------------------------- label files
 
 
 def read_labels(file: Path, split: YoloSplit, mistakes: list[str]) -> Iterator[tuple[int, tuple[float, ...]]]:
@@ -297,7 +297,7 @@ def _number(token: str) -> float:
     return value
 
 
-# ----------------------------------------------------------------------------------------------------------- data.yaml
+# ------------------------------------------------------------------------------------------------------------ data.yaml
 
 
 def open_yolo(file: Path, split: str) -> YoloSplit | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("pycocotools")
 pytest.importorskip("torchvision")
@@ -15,7 +18,7 @@ from coco_folder import annotation, write_coco
 from yolo_folder import write_yolo
 
 from smca_model.data.coco import CocoDetection
-from smca_model.data.layouts import NoSplitError, find_split
+from smca_model.data.layouts import NoSplitError, find_split, read_split
 from smca_model.data.yolo import YoloSplit
 
 GOOD = annotation(1, 1, 3, [0, 0, 9, 9])
@@ -82,7 +85,7 @@ def test_a_folder_in_two_layouts_is_refused_and_told_which_they_are(tmp_path: Pa
     assert isinstance(find_split(file, "val")[1], YoloSplit)
 
 
-# ------------------------------------------------------------------------------------------------- Roboflow's project
+# --------------------------------------------------------------------------------------------------- Roboflow's project
 
 
 def test_roboflows_project_is_no_class(tmp_path: Path) -> None:
@@ -114,8 +117,6 @@ def test_other_categories_are_classes_whether_they_are_used_or_not(tmp_path: Pat
 
 
 def test_mistakes_are_collected_where_a_list_is_given(tmp_path: Path) -> None:
-    from smca_model.data.layouts import read_split
-
     bad = [{**GOOD, "image_id": 4}, {**GOOD, "bbox": [0, 0, -1, 2]}]
     _, file = write_coco(tmp_path, [bad[0], GOOD, bad[1]])
     mistakes: list[str] = []
@@ -125,3 +126,82 @@ def test_mistakes_are_collected_where_a_list_is_given(tmp_path: Path) -> None:
         "annotation 1 of image 1: bbox must be [x, y, width, height] in pixels, got [0, 0, -1, 2]",
     ]
     assert json.loads(file.read_text())["annotations"][0] == bad[0]
+
+
+# ----------------------------------------------------------------------------------------- the same data in each layout
+
+
+def as_roboflow(data: Path, folder: Path) -> Path:
+    """A data folder of digits in Roboflow's layout."""
+    for split, name in (("train", "train"), ("val", "valid")):
+        shutil.copytree(data / split, folder / name)
+        shutil.copy(data / "annotations" / f"{split}.json", folder / name / "_annotations.coco.json")
+    return folder
+
+
+def as_yolo(data: Path, folder: Path) -> Path:
+    """A data folder of digits in YOLO's layout."""
+    for split in ("train", "val"):
+        shutil.copytree(data / split, folder / split / "images")
+        content = json.loads((data / "annotations" / f"{split}.json").read_text())
+        lines: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        for each in content["annotations"]:
+            (x, y, w, h), side = each["bbox"], content["images"][0]["width"]
+            box = [(x + w / 2) / side, (y + h / 2) / side, w / side, h / side]
+            lines[each["image_id"]].append(f"{each['category_id'] - 1} {' '.join(f'{part:.6f}' for part in box)}")
+        (folder / split / "labels").mkdir()
+        for image in content["images"]:
+            label = Path(image["file_name"]).with_suffix(".txt")
+            (folder / split / "labels" / label).write_text("\n".join(lines[image["id"]]))
+    names = [category["name"] for category in content["categories"]]
+    (folder / "data.yaml").write_text(f"train: ../train/images\nval: ../val/images\nnc: 10\nnames: {names}\n")
+    return folder
+
+
+@pytest.mark.parametrize("convert", [as_roboflow, as_yolo])
+def test_the_same_data_in_another_layout_trains_the_same(
+    data: Path, tmp_path: Path, convert: Callable[[Path, Path], Path]
+) -> None:
+    from smca_model.training.settings import Settings
+    from smca_model.training.setup import open_data
+
+    options: dict[str, Any] = {"preset": "smca-tiny", "sizes": (48,), "max_size": 96}
+    ours = open_data(Settings(data=str(data), **options))
+    theirs = open_data(Settings(data=str(convert(data, tmp_path / "set")), **options))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.classes == other.classes
+        for (image, target), (same_image, same_target) in zip(one, other, strict=True):
+            assert torch.equal(image, same_image)
+            torch.testing.assert_close(target.pop("boxes"), same_target.pop("boxes"), atol=2e-6, rtol=0)  # six decimals
+            torch.testing.assert_close(target.pop("labels"), same_target.pop("labels"))
+            assert target == same_target
+
+
+@pytest.mark.parametrize("convert", [as_roboflow, as_yolo])
+def test_evaluation_reads_every_layout(
+    data: Path, tmp_path: Path, convert: Callable[[Path, Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from smca_kernels.tools import cli
+    from smca_model import build, weights
+    from smca_model.data.digits import CLASSES
+
+    torch.manual_seed(0)
+    weights.save(build("smca-tiny", len(CLASSES)), tmp_path / "model.safetensors", CLASSES)
+    found = []
+    for folder in (data, convert(data, tmp_path / "set")):
+        options = [
+            "--weights",
+            str(tmp_path / "model.safetensors"),
+            "--size",
+            "48",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+        ]
+        assert cli.main(["eval", *options, "--data", str(folder), "--detections", str(tmp_path / "found.json")]) == 0
+        assert "2 images of short side 48 pixels" in capsys.readouterr().out
+        found.append(json.loads((tmp_path / "found.json").read_text()))
+    first = min(each["category_id"] for each in found[1])
+    assert first == (0 if convert is as_yolo else 1)
+    assert found[0] == [{**each, "category_id": each["category_id"] + 1 - first} for each in found[1]]
