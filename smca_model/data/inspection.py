@@ -6,9 +6,9 @@ import hashlib
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,9 +226,10 @@ def _decode(split: Split, missing: set[str], upright: bool, progress: bool) -> N
     Image.init()  # which threads would do all at once
     present = {entry["file_name"]: entry for entry in split.images if entry["file_name"] not in missing}
     turned = []
-    with tqdm(total=len(present), desc=f"{split.name}: images", unit="image", disable=not progress) as bar:
-        for name, digest, orientation, error in _in_threads(examine, list(present.values())):
-            bar.update()
+    # Closed, or what ends the loop would wait for the images at hand to be decoded.
+    with closing(_in_threads(examine, list(present.values()))) as results:
+        bar = tqdm(results, total=len(present), desc=f"{split.name}: images", unit="image", disable=not progress)
+        for name, digest, orientation, error in bar:
             if error is not None:
                 split.errors.append(error)
                 continue
@@ -249,14 +250,13 @@ def _decode(split: Split, missing: set[str], upright: bool, progress: bool) -> N
         split.warnings.append(f"{split.name}: {len(copies)} images are there under several names: {told}")
 
 
-def _in_threads(function: Callable[[dict[str, Any]], Any], entries: Sequence[dict[str, Any]]) -> Iterator[Any]:
+def _in_threads(
+    function: Callable[[dict[str, Any]], Any], entries: Sequence[dict[str, Any]]
+) -> Generator[Any, None, None]:
     """A function's results, in order; decoders and hashes let other threads run."""
-    executor = ThreadPoolExecutor(os.cpu_count())
-    try:
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
         for start in range(0, len(entries), AT_ONCE):
             yield from executor.map(function, entries[start : start + AT_ONCE])
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def _compare(report: Report) -> None:

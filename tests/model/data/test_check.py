@@ -12,6 +12,7 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("torchvision")
 pytest.importorskip("yaml")
 
+from coco_folder import annotation, write_coco
 from PIL import Image
 from yolo_folder import SETTINGS, write_image, write_yolo
 
@@ -111,16 +112,23 @@ def test_the_sheet_shows_each_class_and_no_image_that_can_not_be_read(tmp_path: 
     names = [f"class{i}" for i in range(10)]
     labels: dict[str, str | bytes | None] = {f"train/{i}.png": "0 0.5 0.5 0.5 0.5" for i in range(40)}
     labels |= {f"train/rare{i}.png": f"{i} 0.5 0.5 0.5 0.5" for i in range(1, 10)}
-    labels |= {"train/broken.png": "9 0.5 0.5 0.5 0.5", "val/empty.png": None, "val/a.png": "0 0.9 0.9 0.9 0.9"}
+    labels |= {f"train/broken{i}.png": f"{i % 10} 0.5 0.5 0.5 0.5" for i in range(40)}
+    labels |= {"val/empty.png": None, "val/a.png": "0 0.9 0.9 0.9 0.9"}
     file = write_yolo(tmp_path, labels, settings=SETTINGS.replace("[cat, dog]", str(names)).replace("nc: 2\n", ""))
-    path = tmp_path / "images" / "train" / "broken.png"
-    path.write_bytes(path.read_bytes()[:60])
+    for path in (tmp_path / "images" / "train").glob("broken*"):
+        path.write_bytes(path.read_bytes()[:-40])
     report = check_data(file, progress=False)
     chosen = [split.images[row]["file_name"] for split, row in choose(report.splits)]
     assert len(set(chosen)) == IN_A_ROW * ROWS
     assert {str(Path("images", "train", f"rare{i}.png")) for i in range(1, 10)} <= set(chosen)
-    assert str(Path("images", "train", "broken.png")) not in chosen
+    assert not any("broken" in name for name in chosen)
     assert draw_samples([split for split in report.splits if split.name == "val"], tmp_path / "sheet.png") == 1
+
+
+def test_boxes_far_beyond_an_image_are_drawn_to_its_border(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_coco(tmp_path, [annotation(1, 1, 3, [-1e300, 5, 2e300, 9])], split=split)
+    assert draw_samples(check_data(tmp_path, progress=False).splits, tmp_path / "sheet.png") == 2
 
 
 def test_there_is_no_sheet_of_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_a_test_split_is_read_where_there_is_one(tmp_path: Path) -> None:
     [
         ([[0, 0, 0, 9]], "val: 1 of 3 boxes have no width or height, and are left out: in 1.png"),
         ([[5, 5, 0.5, 9]], "val: 1 of 3 boxes have a side of less than a pixel: in 1.png"),
+        ([[70, 5, 0, 9]], "val: 1 of 3 boxes have no width or height, and are left out: in 1.png"),
         ([[50, 5, 20, 9]], "val: 1 of 3 boxes reach beyond their image, and are clipped: in 1.png"),
         (
             [[5, 5, 9, 9], [5, 5, 9, 9], [5, 5, 9, 9]],
@@ -237,17 +239,21 @@ def test_a_path_that_is_not_there_is_told_once(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[int] = []
+    begun: list[Path] = []
 
-    def slow(entry: dict[str, Any]) -> int:
-        begun.append(entry["id"])
+    def slow(path: Path, *_: object, **__: object) -> None:
+        begun.append(path)
         time.sleep(0.02)
-        return 0
 
+    def interrupted(results: Iterator[Any], **_: object) -> Iterator[Any]:
+        yield next(results)
+        raise KeyboardInterrupt
+
+    write_yolo(tmp_path, {f"{split}/{i}.png": BOX for split in ("train", "val") for i in range(100)})
+    monkeypatch.setattr(inspection, "load_annotated_image", slow)
+    monkeypatch.setattr(inspection, "tqdm", interrupted)
     before = threading.active_count()
-    results = inspection._in_threads(slow, [{"id": i} for i in range(500)])
-    next(results)
     with pytest.raises(KeyboardInterrupt):
-        results.throw(KeyboardInterrupt)
+        checked(tmp_path)
     assert threading.active_count() == before
-    assert len(begun) < 250
+    assert len(begun) < 50
