@@ -125,10 +125,16 @@ def test_the_sheet_shows_each_class_and_no_image_that_can_not_be_read(tmp_path: 
     assert draw_samples([split for split in report.splits if split.name == "val"], tmp_path / "sheet.png") == 1
 
 
-def test_boxes_far_beyond_an_image_are_drawn_to_its_border(tmp_path: Path) -> None:
+def test_boxes_far_beyond_an_image_are_drawn_to_its_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smca_model import detect
+
+    drawn = []
+    real = detect.draw_boxes
+    monkeypatch.setattr(detect, "draw_boxes", lambda *args: drawn.append(args[1]["boxes"].tolist()) or real(*args))
     for split in ("train", "val"):
         write_coco(tmp_path, [annotation(1, 1, 3, [-1e300, 5, 2e300, 9])], split=split)
     assert draw_samples(check_data(tmp_path, progress=False).splits, tmp_path / "sheet.png") == 2
+    assert drawn == [[[0, 5, 60, 14]]] * 2
 
 
 def test_there_is_no_sheet_of_nothing(tmp_path: Path) -> None:
