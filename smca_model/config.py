@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides to choose from, in pixels
 MAX_SIZE = 1333  # pixels of the longest side
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}  # of the files in a folder that are images
 NO_CLASS = "N/A"  # the name of a label that means nothing, as some of COCO's 91
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from smca_kernels.files import replacing, write_text
 from smca_kernels.tools.arguments import check_packages
 
+from .config import IMAGE_SUFFIXES
 from .evaluate import add_model_arguments, check_model_arguments, chosen_image_size, load_model
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .detector import SMCA
     from .onnx_detector import OnnxDetector
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHORT_SIDE_OF_PICTURES = 640  # smaller images are enlarged, for the names to be legible
 LONG_SIDE_OF_PICTURES = 4096  # and no further than to this
 
@@ -69,7 +69,7 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
 
     Args:
         image: uint8 [3, height, width].
-        found: of `detect`.
+        found: of `detect`; without scores, names are drawn alone.
         classes: name of each label.
     """
     import matplotlib
@@ -87,10 +87,12 @@ def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) 
     shades = [matplotlib.colormaps["tab20"](2 * i / 20)[:3] for i in range(10)]
     palette = [tuple(round(255 * part) for part in shade) for shade in shades]
     font, names = _legible([classes[label] for label in labels], labels)
+    if "scores" in found:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)]
     drawn: Tensor = draw_bounding_boxes(
         image,
         found["boxes"] * factor,
-        [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)],
+        names,
         colors=[palette[label % len(palette)] for label in labels],
         width=max(2, min(height, width) // 200),
         font=font,
@@ -388,10 +390,11 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             inside = sorted(
                 file
                 for file in path.iterdir()
-                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and not file.is_dir()
             )
             if not inside:
-                raise ValueError(f"a folder must have images in it ({', '.join(sorted(SUFFIXES))}), {path} has none")
+                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise ValueError(f"a folder must have images in it ({suffixes}), {path} has none")
             files += inside
         elif path.is_file():
             files.append(path)

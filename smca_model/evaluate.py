@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca eval`."""
     parser.description = "COCO's twelve numbers (by pycocotools) and the speed of a detector on validation data."
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="data folder, of which the split val is taken")
+    add("--data", type=Path, required=True, metavar="DIR", help="data folder, as of smca train; its split val is taken")
     add_model_arguments(parser)
     add("--workers", type=int, default=2, metavar="N", help="processes that load images; default: %(default)s")
     add(
@@ -214,7 +214,8 @@ def run(args: argparse.Namespace) -> int:
     check_output_file("--detections", args.detections)
     if args.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {args.workers}")
-    from .data.coco import CocoDetection, find_split
+    from .data.coco import CocoDetection
+    from .data.layouts import find_split
 
     model, device = load_model(args)
     size, max_size = model.image_size
@@ -225,6 +226,7 @@ def run(args: argparse.Namespace) -> int:
         sizes=(size,),
         max_size=max_size,
         upright=args.upright,
+        progress=True,
     )
     detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
     numbers, table = average_precision(dataset.coco, detections)

@@ -18,12 +18,12 @@ from smca_kernels import __version__
 # name: (module, what it does)
 COMMANDS = {
     "demo": ("smca_model.demo.command", "the layer on two photographs, and a detector trained on digits in minutes"),
-    "train": ("smca_model.train", "train a detector on data in COCO's format"),
+    "train": ("smca_model.train", "train a detector on data in the layout of COCO, Roboflow or YOLO"),
     "eval": ("smca_model.evaluate", "COCO's average precision of trained weights"),
     "detect": ("smca_model.detect", "boxes in images, drawn, with the attention behind them"),
     "export": ("smca_model.export", "a detector as a file that runs without this library: ONNX, torch.export"),
     "presets": ("smca_model.presets", "the models of the paper: parameters and GFLOPs"),
-    "data": ("smca_model.data.digits", "make a small data set of real digits"),
+    "data": ("smca_model.data.command", "make a small data set of real digits, or check your own"),
     "parity": ("smca_kernels.tools.parity.command", "check every backend here against PyTorch in float64"),
     "cost": ("smca_kernels.tools.cost.command", "compile the kernels without a GPU and count their instructions"),
     "bench": (

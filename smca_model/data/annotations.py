@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 MAX_SIDE = 2**31 - 1  # pixels; no file format has more
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
+def read_annotations(
+    path: Path, *, classes: Sequence[str] | None = None, mistakes: list[str] | None = None
+) -> dict[str, Any]:
     """The images, categories and annotations of a file, checked; without masks, with every area and iscrowd.
+
+    A category that no annotation uses is a category like others, but for the name of a whole project among them, which
+    Roboflow writes as one: of supercategory "none", and the supercategory of others. It is left out.
+
+    Args:
+        path: the file.
+        classes: names that are known to be those of categories; a project's name among them is left in.
+        mistakes: where to put what is wrong with annotations, which are left out then. None: it is an error.
 
     Raises:
         ValueError: for a file that can't be read or is not in COCO's format, naming the first entry that is wrong.
@@ -49,6 +59,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
                     )
                 if isinstance(value, int) and not -(2**63) <= value < 2**63:
                     raise ValueError(f"{path}: {part}[{place}]: {field} must fit 64 bits, got {_short(value)}")
+    _leave_out_project(data, classes or ())
     for part, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
         values = [entry[field] for entry in data[part]]
         if len(set(values)) < len(values):
@@ -66,10 +77,33 @@ def read_annotations(path: Path) -> dict[str, Any]:
                 )
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in data["images"]}
     names = {category["id"]: category["name"] for category in data["categories"]}
+    right: list[dict[str, Any]] = []
     for annotation in data["annotations"]:
         annotation.pop("segmentation", None)
-        _check_annotation(annotation, sizes, names, path)
-    return {part: data[part] for part in parts}
+        try:
+            _check_annotation(annotation, sizes, names, path)
+        except ValueError as error:
+            if mistakes is None:
+                raise
+            mistakes.append(str(error))
+        else:
+            right.append(annotation)
+    return {"images": data["images"], "categories": data["categories"], "annotations": right}
+
+
+def _leave_out_project(data: dict[str, Any], classes: Sequence[str]) -> None:
+    categories = data["categories"]
+    groups = {str(category.get("supercategory")) for category in categories} - {"none"}
+    used = {annotation["category_id"] for annotation in data["annotations"]}
+    names = Counter(category["name"] for category in categories)
+    data["categories"] = [
+        category
+        for category in categories
+        if category.get("supercategory") != "none"
+        or category["name"] not in groups
+        or category["id"] in used
+        or (category["name"] in classes and names[category["name"]] == 1)
+    ]
 
 
 def _check_annotation(

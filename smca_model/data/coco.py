@@ -1,15 +1,8 @@
-"""Detection data in COCO's format, and DETR's augmentation of it.
-
-A data folder is laid out as `smca data digits` writes it, or as COCO itself is:
-
-    train/ val/            with annotations/train.json            and annotations/val.json
-    train2017/ val2017/    with annotations/instances_train2017.json and annotations/instances_val2017.json
-"""
+"""Detection data in COCO's format, or another that `layouts` reads as that, and DETR's augmentation of it."""
 
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import traceback
 import warnings
@@ -26,34 +19,19 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
 
 from ..config import MAX_SIZE, NO_CLASS, SIZES
-from .annotations import make_coco, read_annotations, some_of
+from .annotations import make_coco, some_of
 from .images import load_annotated_image, normalize, resize, resized_size
+from .layouts import Annotations, missing_files, read_split
+from .yolo import YoloSplit
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-LAYOUTS = (("{}", "annotations/{}.json"), ("{}2017", "annotations/instances_{}2017.json"))
 # DETR crops from images of short side 400, 500 or 600, sides of 384 to 600 pixels: parts of its largest size, 800.
 CROP_FROM = (0.5, 0.625, 0.75)
 CROP_SIDE = (0.48, 0.75)
 
 Target = dict[str, Any]
-
-
-def find_split(folder: Path, split: str) -> tuple[Path, Path]:
-    """The folder of images and the annotation file of a split, "train" or "val", of a data folder.
-
-    Raises:
-        ValueError: when there is neither layout, naming what was looked for.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"data must be a folder, got {folder}")
-    candidates = [(folder / images.format(split), folder / file.format(split)) for images, file in LAYOUTS]
-    for images, file in candidates:
-        if images.is_dir() and file.is_file():
-            return images, file
-    wanted = ", or ".join(f"{images.name}/ and {file.relative_to(folder)}" for images, file in candidates)
-    raise ValueError(f"data must be a folder with {wanted}; {folder} has neither")
 
 
 def check_classes(model_classes: Sequence[str], dataset_classes: Sequence[str]) -> None:
@@ -88,7 +66,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Args:
         images: the folder that the annotations' file names are relative to.
-        annotations: a file in COCO's format. Ids may have gaps; ``area`` and ``iscrowd`` may be missing.
+        annotations: a file in COCO's format, whose ids may have gaps, and ``area`` and ``iscrowd`` be missing; or a
+            `YoloSplit`.
         train: whether to augment.
         classes: names of the labels; they must be those of the dataset (`check_classes`). None: the names of the
             dataset's categories, in order of id.
@@ -97,7 +76,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         flip, crop: False leaves that out of the augmentation: digits, for one, have no mirror images.
         seed: of the augmentation.
         upright: whether boxes are those of the upright image where the annotated size doesn't tell that from the image
-            as stored; elsewhere it does (`load_annotated_image`).
+            as stored; elsewhere it does (`load_annotated_image`). Those of a `YoloSplit` always are.
+        progress: show a bar where many files are to be read.
 
     Attributes:
         classes: tuple of names, one a label.
@@ -114,7 +94,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def __init__(
         self,
         images: Path,
-        annotations: Path,
+        annotations: Annotations,
         *,
         train: bool,
         classes: Sequence[str] | None = None,
@@ -124,16 +104,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         crop: bool = True,
         seed: int = 0,
         upright: bool = False,
+        progress: bool = False,
     ) -> None:
         if not sizes or min(sizes) < 1 or max_size <= max(sizes):
             raise ValueError(f"sizes must be at least one, from 1 to below max_size={max_size}, got {list(sizes)}")
-        self.images, self.annotations = Path(images), Path(annotations)
+        self.images, self.annotations = Path(images), annotations
         self.train, self.sizes, self.max_size = train, tuple(sizes), max_size
-        self.flip, self.crop, self.seed, self.upright = flip, crop, seed, upright
+        self.flip, self.crop, self.seed = flip, crop, seed
+        self.upright = upright or isinstance(annotations, YoloSplit)
         # In shared memory, so that the workers of a DataLoader see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-        data = read_annotations(self.annotations)
+        data = read_split(annotations, classes=classes, progress=progress)
         entries = sorted(data["images"], key=lambda entry: entry["id"])
         categories = sorted(data["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
@@ -168,9 +150,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def _check_files(self) -> None:
         if not self.images.is_dir():
             raise ValueError(f"images must be a folder, got {self.images}")
-        # One listing instead of a question per file, which takes minutes on network disks; the rest are in subfolders.
-        present = set(os.listdir(self.images))
-        missing = [f for f in self.files if f not in present and not (self.images / f).is_file()]
+        missing = missing_files(self.images, self.files)
         if missing:
             raise ValueError(
                 f"images must hold every file of {self.annotations}, but {len(missing)} of {len(self.files)} are not "
@@ -182,9 +162,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if not small:
             return
         told = f"{self.annotations}: {small} of {len(self._boxes)} boxes have a side of less than a pixel"
+        if isinstance(self.annotations, YoloSplit):
+            wanted, advice = "x, y, width, height must be in parts of the image, not of anything else", ""
+        else:
+            wanted = "bbox must be [x, y, width, height] in pixels, not in parts of the image"
+            advice = "; if they are in parts of the image, they must be in pixels"
         if small == len(self._boxes):
-            raise ValueError(f"{told}; bbox must be [x, y, width, height] in pixels, not in parts of the image")
-        warnings.warn(f"{told}; if they are in parts of the image, they must be in pixels", stacklevel=3)
+            raise ValueError(f"{told}; {wanted}")
+        warnings.warn(told + advice, stacklevel=3)
 
     def _warn_of_clipped(self) -> None:
         counts = self._starts.diff()
@@ -270,7 +255,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
         Annotations are numbered from 1, because to that evaluation a box matched to number 0 is not matched.
         """
-        data = read_annotations(self.annotations)
+        data = read_split(self.annotations, classes=self.classes)
         for number, annotation in enumerate(data["annotations"], 1):
             annotation["id"] = number
         return make_coco(data)

@@ -31,6 +31,11 @@ ATTEMPTS = 20  # to place a digit where it doesn't overlap
 MIN_SCENE_SIZE, MAX_SCENE_SIZE = 48, 256  # scenes: a digit of 8 pixels still reads, and half a photograph is 256 wide
 TEXTURE_CONTRAST = 0.5  # of the photograph; at full contrast its own light and dark hide the digits
 
+PURPOSE = (
+    "real digits, synthetic placement: scikit-learn's scans of handwritten digits at random sizes on "
+    "scikit-image's photographs of brick, grass and gravel, as a folder in COCO's format"
+)
+
 README = """# Handwritten digits on photographs of textures
 
 **Real digits, synthetic placement.** {train} scenes to train on and {val} held out, {size} × {size} pixels,
@@ -174,24 +179,18 @@ def _overlap(one: list[int], other: list[int]) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `smca data`."""
-    kinds = parser.add_subparsers(title="data", dest="data", metavar="NAME", required=True)
-    purpose = (
-        "real digits, synthetic placement: scikit-learn's scans of handwritten digits at random sizes on "
-        "scikit-image's photographs of brick, grass and gravel, as a folder in COCO's format"
-    )
-    digits = kinds.add_parser("digits", help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
-    digits.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must be new or empty")
-    digits.add_argument(
-        "--train", type=int, default=4000, metavar="N", help="scenes to train on (default: %(default)s)"
-    )
-    digits.add_argument("--val", type=int, default=500, metavar="N", help="scenes held out (default: %(default)s)")
-    digits.add_argument("--size", type=int, default=96, metavar="PX", help="side of a scene (default: %(default)s)")
-    digits.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    """Arguments of `smca data digits`."""
+    parser.description = f"{PURPOSE[0].upper()}{PURPOSE[1:]}."
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to make; must be new or empty")
+    add("--train", type=int, default=4000, metavar="N", help="scenes to train on (default: %(default)s)")
+    add("--val", type=int, default=500, metavar="N", help="scenes held out (default: %(default)s)")
+    add("--size", type=int, default=96, metavar="PX", help="side of a scene (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca data`: exit status 0.
+    """`smca data digits`: exit status 0.
 
     Raises:
         ValueError: when it can't start.

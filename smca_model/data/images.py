@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from smca_kernels.pictures import MEAN, STD
 from ..config import MAX_SIZE
 
 # Tags of TIFF and EXIF, and a value.
-BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274
+WIDTH, HEIGHT, BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 262, 274
 WHITE_IS_ZERO = 0
 # For each orientation but 1, how an image as stored becomes upright, and back.
 TO_UPRIGHT = {
@@ -32,6 +33,10 @@ TO_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 FROM_UPRIGHT = TO_UPRIGHT | {6: TO_UPRIGHT[8], 8: TO_UPRIGHT[6]}
+SWAPPED = {5, 6, 7, 8}  # orientations of which the upright image is as wide as the stored one is high
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# How chunks of a PNG begin that can hold an orientation: their kind, and for texts their keyword.
+PNG_ORIENTATION = (b"eXIf", *(kind + b"Raw profile type exif" for kind in (b"tEXt", b"zTXt")), b"iTXtXML:com.adobe.xmp")
 
 
 class DataError(ValueError):
@@ -57,7 +62,7 @@ def load_image(path: Path) -> Tensor:
     return _to_tensor(_turn(stored, orientation))
 
 
-def load_annotated_image(path: Path, size: tuple[int, int], *, annotations: Path, upright: bool = False) -> Tensor:
+def load_annotated_image(path: Path, size: tuple[int, int], *, annotations: object, upright: bool = False) -> Tensor:
     """An image file as `load_image` reads it, in the form that its boxes are in, as stored or upright.
 
     Args:
@@ -81,6 +86,50 @@ def load_annotated_image(path: Path, size: tuple[int, int], *, annotations: Path
     return _to_tensor(forms[-1 if upright else 0])
 
 
+@dataclass(frozen=True)
+class Header:
+    """What the start of an image file says: height and width of the upright image, and the EXIF orientation."""
+
+    height: int
+    width: int
+    orientation: int  # 1 to 8; 1 is upright as stored
+
+
+def read_header(path: Path) -> Header:
+    """The size and orientation of an image file, without decoding it.
+
+    Raises:
+        DataError: when it can't be read, naming the file.
+    """
+    try:
+        with Image.open(path) as image, open(path, "rb") as file:
+            tags = getattr(image, "tag_v2", {})
+            if tags:  # of a TIFF, whose size Pillow gives as stored or upright, depending on its version
+                width, height, orientation = tags[WIDTH], tags[HEIGHT], tags.get(ORIENTATION, 1)
+            else:
+                # To ask a PNG for an orientation that is not at its start is to decode it.
+                asked = image.format != "PNG" or "exif" in image.info or _may_be_turned(file)
+                width, height, orientation = *image.size, _orientation(image) if asked else 1
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    if orientation in SWAPPED:
+        width, height = height, width
+    return Header(height, width, orientation if orientation in TO_UPRIGHT else 1)
+
+
+def _may_be_turned(file: IO[bytes]) -> bool:
+    """Whether a PNG file has an orientation anywhere, perhaps behind its pixels; they are skipped."""
+    longest = max(map(len, PNG_ORIENTATION))
+    position = len(PNG_SIGNATURE)
+    file.seek(position)
+    while len(start := file.read(4 + longest)) > 8:
+        if start[4:].startswith(PNG_ORIENTATION):
+            return True
+        position += 12 + int.from_bytes(start[:4], "big")
+        file.seek(position)
+    return False
+
+
 def _read(path: Path) -> tuple[Image.Image, int]:
     """An image file in RGB as it is stored, and its EXIF orientation."""
     try:
@@ -93,8 +142,12 @@ def _read(path: Path) -> tuple[Image.Image, int]:
             return rgb, orientation
     # Whatever a decoder raises: SyntaxError for broken PNGs, RuntimeError for AVIFs, others for other formats.
     except Exception as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"image {path} can't be read: {told}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"image {path} can't be read: {told}")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -146,8 +146,8 @@ def draw_results(folder: Path, data: Path) -> None:
     from torchvision.utils import make_grid
 
     from .. import weights
-    from ..data.coco import find_split
     from ..data.images import load_image, normalize
+    from ..data.layouts import find_split
     from ..detect import best_queries, detect, draw_attention, draw_boxes, write_picture
 
     model = weights.load(folder / "smca-tiny" / "model.safetensors")

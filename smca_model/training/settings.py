@@ -28,7 +28,7 @@ class Settings:
         ValueError: for a value out of range.
     """
 
-    data: str = option("", "folder with train and val images and annotations, digits' or COCO's layout", metavar="DIR")
+    data: str = option("", "folder in the layout of COCO, Roboflow or YOLO, or a data.yaml", metavar="DIR")
     out: str = option("", "folder of the run", metavar="DIR")
     preset: str = option("smca-r50", "which model; `smca presets` lists them", metavar="NAME")
     overrides: tuple[str, ...] = option((), "changes to the preset, such as dropout=0.0", metavar="NAME=VALUE")

@@ -25,15 +25,17 @@ if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca t
 
 def open_data(settings: Settings) -> tuple[CocoDetection, CocoDetection]:
     """The training and the validation images, with one list of classes."""
-    from ..data.coco import CocoDetection, find_split
+    from ..data.coco import CocoDetection
+    from ..data.layouts import find_split
 
     folder = Path(settings.data)
-    sizes: dict[str, Any] = {"sizes": settings.sizes, "max_size": settings.max_size, "upright": settings.upright}
+    options: dict[str, Any] = {"sizes": settings.sizes, "max_size": settings.max_size, "upright": settings.upright}
+    options["progress"] = distributed.rank() == 0
     train_split, val_split = (find_split(folder, split) for split in ("train", "val"))
     train_set = CocoDetection(
-        *train_split, train=True, flip=settings.flip, crop=settings.crop, seed=settings.seed, **sizes
+        *train_split, train=True, flip=settings.flip, crop=settings.crop, seed=settings.seed, **options
     )
-    return train_set, CocoDetection(*val_split, train=False, classes=train_set.classes, **sizes)
+    return train_set, CocoDetection(*val_split, train=False, classes=train_set.classes, **options)
 
 
 def check_packages_of(settings: Settings) -> None:

@@ -528,26 +528,6 @@ def test_an_image_of_another_size_than_annotated_is_refused(tmp_path: Path) -> N
         dataset[0]
 
 
-# --------------------------------------------------------------------------------------------------------- data folders
-
-
-def test_a_split_is_found_in_the_digits_layout_and_in_cocos(tmp_path: Path) -> None:
-    plain = write_coco(tmp_path / "plain", [GOOD])
-    assert coco.find_split(tmp_path / "plain", "val") == plain
-    images, file = write_coco(tmp_path / "coco", [GOOD], split="train2017")
-    file = file.rename(file.with_name("instances_train2017.json"))
-    assert coco.find_split(tmp_path / "coco", "train") == (images, file)
-
-
-def test_a_folder_without_the_split_is_refused_and_told_what_it_lacks(tmp_path: Path) -> None:
-    write_coco(tmp_path, [GOOD])
-    expected = r"train/ and annotations/train\.json, or train2017/ and annotations/instances_train2017\.json"
-    with pytest.raises(ValueError, match=f"data must be a folder with {expected}; .* has neither"):
-        coco.find_split(tmp_path, "train")
-    with pytest.raises(ValueError, match=r"data must be a folder, got .*nowhere"):
-        coco.find_split(tmp_path / "nowhere", "train")
-
-
 def test_loading_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = validation(write_coco(tmp_path, [GOOD]))
     assert len(dataset.coco.anns) == 1

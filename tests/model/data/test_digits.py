@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 pytest.importorskip("tqdm")
 
+from smca_kernels.tools import cli
 from smca_model.data import digits
 
 TRAIN, VAL = 30, 12
@@ -51,7 +51,8 @@ def only_digit(generator_seed: int, background: float) -> tuple[np.ndarray, list
 def test_it_is_a_data_folder_of_ten_classes(folder: Path) -> None:
     pytest.importorskip("pycocotools")
     pytest.importorskip("torchvision")
-    from smca_model.data.coco import CocoDetection, find_split
+    from smca_model.data.coco import CocoDetection
+    from smca_model.data.layouts import find_split
 
     for split, scenes in (("train", TRAIN), ("val", VAL)):
         dataset = CocoDetection(*find_split(folder, split), train=False, sizes=(96,))
@@ -162,13 +163,10 @@ def test_it_says_that_digits_are_real_and_placement_is_not(
     for split in ("train", "val"):
         data = json.loads((folder / "annotations" / f"{split}.json").read_text())
         assert "Real digits, synthetic placement" in data["info"]["description"]
-    parser = argparse.ArgumentParser()
-    digits.add_arguments(parser)
-    args = parser.parse_args(["digits", "--out", str(tmp_path / "set"), "--train", "2", "--val", "1"])
-    assert digits.run(args) == 0
+    assert cli.main(["data", "digits", "--out", str(tmp_path / "set"), "--train", "2", "--val", "1"]) == 0
     assert "2 scenes to train on, 1 held out. Real digits, synthetic placement" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        parser.parse_args(["digits", "--help"])
+        cli.main(["data", "digits", "--help"])
     assert "Real digits, synthetic placement" in capsys.readouterr().out
 
 

@@ -16,7 +16,15 @@ from PIL import Image, ImageFile
 
 pytest.importorskip("torchvision")
 
-from smca_model.data.images import DataError, load_annotated_image, load_image, resize, resized_size
+from smca_model.data.images import (
+    DataError,
+    Header,
+    load_annotated_image,
+    load_image,
+    read_header,
+    resize,
+    resized_size,
+)
 
 SHADES = np.array([[0, 51, 102], [153, 204, 255]])
 
@@ -151,6 +159,34 @@ def test_photographs_of_lossy_formats_are_read_upright(tmp_path: Path, suffix: s
     assert image[:, 20:].max() < 50
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_header_has_the_upright_size_and_the_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path = write_oriented(tmp_path / f"image.{suffix}", orientation)
+    height, width = UPRIGHT[orientation].shape
+    assert read_header(path) == Header(height, width, orientation)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_the_orientation_of_a_png_is_read_wherever_it_is(tmp_path: Path, place: str) -> None:
+    path = write_oriented(tmp_path / "image.png", 6)
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    if place == "after":
+        path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])  # IEND has 12 bytes
+    assert read_header(path) == Header(*UPRIGHT[6].shape, 6)
+    assert load_image(path)[0].tolist() == UPRIGHT[6].tolist()
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a, or is it?", b"\x89PNG\r\n\x1a\n"])
+def test_a_broken_header_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^image .*image\.png can't be read: .+"):
+        read_header(path)
+
+
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM", b"\0", 0, 9, 300])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_exif_and_orientations_that_are_none_turn_nothing(tmp_path: Path, exif: bytes | int) -> None:
@@ -160,6 +196,7 @@ def test_damaged_exif_and_orientations_that_are_none_turn_nothing(tmp_path: Path
     else:
         Image.fromarray(STORED).save(path, exif=exif)
     assert load_image(path)[0].tolist() == STORED.tolist()
+    assert read_header(path) == Header(*STORED.shape, 1)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

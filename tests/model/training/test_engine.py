@@ -17,7 +17,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
-from smca_model.data.coco import CocoDetection, collate, find_split
+from smca_model.data.coco import CocoDetection, collate
+from smca_model.data.layouts import find_split
 from smca_model.evaluate import evaluate
 from smca_model.training import distributed, engine, loop, setup
 from smca_model.training.settings import Settings
