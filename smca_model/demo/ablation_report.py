@@ -17,8 +17,8 @@ from typing import Any
 
 from smca_kernels.files import replacing, write_text
 
-from . import ablations
-from .ablations import Variant, read_evaluations, read_json
+from . import ablation_variants
+from .ablation_variants import Variant
 
 Run = dict[str, Any]
 MEASURES = {"AP": "equal epochs", "AP_at_equal_time": "equal time"}
@@ -49,7 +49,7 @@ def read_runs(folder: Path) -> list[Run]:
     Raises:
         ValueError: naming the file that is damaged.
     """
-    order = [variant.name for variant in ablations.VARIANTS]
+    order = [variant.name for variant in ablation_variants.VARIANTS]
     runs = []
     for run_folder in sorted((folder / "runs").glob("*-*")):
         name, _, seed = run_folder.name.rpartition("-")
@@ -66,6 +66,29 @@ def read_runs(folder: Path) -> list[Run]:
             run = {"error": "", "evaluations": read_evaluations(run_folder), "finished": False}
         runs.append({**run, "variant": name, "seed": int(seed)})
     return sorted(runs, key=lambda run: (order.index(run["variant"]), run["seed"]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of the set.
+
+    Raises:
+        ValueError: naming it, when it can't be read or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run so far: epoch, AP, AP50, seconds, and the CPU seconds that training took until then."""
+    from ..training.metrics import read_metrics
+
+    names = ("epoch", "AP", "AP50", "seconds", "cpu_seconds")
+    return [{name: line[name] for name in names} for line in read_metrics(folder) if "AP" in line]
 
 
 def summarize(runs: list[Run]) -> dict[str, Any]:
@@ -88,7 +111,7 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         for measure, value in numbers.items():
             values.setdefault(measure, {}).setdefault(run["variant"], {})[run["seed"]] = value
     rows = []
-    for variant in ablations.VARIANTS:
+    for variant in ablation_variants.VARIANTS:
         row: dict[str, Any] = {"variant": variant.name, "paper_ap": variant.paper_ap}
         row["seeds"] = len(values.get("AP", {}).get(variant.name, {}))
         for measure in ("AP", "AP50", "AP_at_equal_time", "seconds"):
@@ -105,7 +128,7 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
 
 def of_table(table: int) -> list[Variant]:
     """The variants of one of the paper's tables, in the order of its AP, the best first."""
-    return sorted((v for v in ablations.VARIANTS if table in v.tables), key=lambda variant: -variant.paper_ap)
+    return sorted((v for v in ablation_variants.VARIANTS if table in v.tables), key=lambda variant: -variant.paper_ap)
 
 
 def ap_at(evaluations: list[dict[str, Any]], seconds: float) -> float:

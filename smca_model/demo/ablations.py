@@ -19,41 +19,13 @@ from smca_kernels.files import write_text
 from smca_kernels.tools.demo import Steps
 
 from ..presets import PRESETS
+from . import ablation_variants
+from .ablation_report import read_evaluations, read_json, read_runs, write_report
 
 if TYPE_CHECKING:
     from ..training.settings import Settings
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A row of the paper's tables.
-
-    Attributes:
-        name: of the paper's preset, without the backbone.
-        tables: which of the paper's it is in.
-        row: what the paper calls it.
-        paper_ap: there, on COCO after 50 epochs.
-    """
-
-    name: str
-    tables: tuple[int, ...]
-    row: str
-    paper_ap: float
-
-
-VARIANTS = (
-    Variant("detr", (2,), "DETR, no prior", 34.8),
-    Variant("smca-fixed", (2,), "per head, fixed scale", 38.5),
-    Variant("smca-shared", (2,), "shared by the heads, independent scales", 40.2),
-    Variant("smca-single", (2,), "per head, single scale", 40.4),
-    Variant("smca", (2, 3), "per head, independent scales; one level", 41.0),
-    Variant("smca-ms", (3,), "2intra+1multi+2intra", 43.7),
-    Variant("smca-ms-nossa", (3,), "2intra+1multi+2intra, no scale selection", 42.6),
-    Variant("smca-3intra", (3,), "3intra", 42.9),
-    Variant("smca-3multi", (3,), "3multi", 43.3),
-    Variant("smca-5intra", (3,), "5intra", 43.3),
-    Variant("smca-ms-noshare", (3,), "2intra+1multi+2intra, weights not shared", 42.3),
-)
 ABLATED = ("modulation", "scale_type", "scale_selection", "encoder", "share_self_attention", "share_ffn")
 FFN_PART = 8  # the small models' FFNs are that much narrower than the paper's 2048 and 1024
 
@@ -104,7 +76,6 @@ def run_ablations(folder: Path, *, seed: int) -> None:
     import torch
 
     from ..data import digits
-    from . import ablation_report
     from .pretraining import pretrain_backbone
 
     if torch.cuda.is_available():
@@ -112,7 +83,7 @@ def run_ablations(folder: Path, *, seed: int) -> None:
     check_plan(folder)
     jobs = list_jobs(folder, seed)
     waiting = [job for job in jobs if not job.record.exists()]
-    ablation_report.read_runs(folder)  # a damaged file ends the set here, not after its work
+    read_runs(folder)  # a damaged file ends the set here, not after its work
     steps = Steps(total=len(jobs))
     steps.number = len(jobs) - len(waiting)
     threads = torch.get_num_threads()
@@ -122,16 +93,16 @@ def run_ablations(folder: Path, *, seed: int) -> None:
             steps.log(f"{DATA['train']} + {DATA['val']} scenes: real digits, synthetic placement")
             digits.make_digits(folder / "data", **DATA)
         if not (folder / "backbone.pt").exists():
-            settings = settings_of(Job(VARIANTS[0].name, DATA["seed"], folder), folder)
+            settings = settings_of(Job(ablation_variants.VARIANTS[0].name, DATA["seed"], folder), folder)
             right = pretrain_backbone(settings, folder / "backbone.pt")
             steps.log(f"the backbone alone names {right:.0%} of the cells that digits cover in held-out scenes")
         for job in waiting:
             steps.start(f"{job.variant}, seed {job.seed}; {_time_left(jobs)}")
             train_one(job, folder)
-            ablation_report.write_report(folder)
+            write_report(folder)
     finally:
         torch.set_num_threads(threads)
-    ablation_report.write_report(folder)
+    write_report(folder)
     steps.log(f"{folder}: table.md, curves.png, results.json")
 
 
@@ -140,14 +111,14 @@ def list_jobs(folder: Path, seed: int) -> list[Job]:
     return [
         Job(variant.name, number, folder / "runs" / f"{variant.name}-{number}")
         for number in range(seed, seed + SEEDS)
-        for variant in VARIANTS
+        for variant in ablation_variants.VARIANTS
     ]
 
 
 def make_plan() -> dict[str, Any]:
     """What every run of a set has in common, and each variant's model, as plan.json holds it."""
     models = {}
-    for variant in VARIANTS:
+    for variant in ablation_variants.VARIANTS:
         preset, overrides = small_model(variant.name)
         models[variant.name] = {"preset": preset, "overrides": overrides}
     return {"data": DATA, "training": TRAINING, "variants": models}
@@ -174,21 +145,6 @@ def check_plan(folder: Path) -> None:
                 f"{folder} holds ablations with other settings, {part} {name} {there.get(name)} there, "
                 f"{now.get(name)} here; choose another --out"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of the set.
-
-    Raises:
-        ValueError: naming it, when it can't be read or is no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(content).__name__}")
-    return content
 
 
 def small_model(variant: str) -> tuple[str, tuple[str, ...]]:
@@ -265,14 +221,6 @@ def write_start(settings: Settings, backbone: Path) -> None:
     model = build_model(settings, len(classes), from_weights=False, device=torch.device("cpu"))
     model.backbone.load_state_dict(torch.load(backbone, weights_only=True))
     weights.save(model, settings.weights, classes)
-
-
-def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run so far: epoch, AP, AP50, seconds, and the CPU seconds that training took until then."""
-    from ..training.metrics import read_metrics
-
-    names = ("epoch", "AP", "AP50", "seconds", "cpu_seconds")
-    return [{name: line[name] for name in names} for line in read_metrics(folder) if "AP" in line]
 
 
 def _time_left(jobs: list[Job]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from smca_kernels.tools.arguments import check_packages
 
-from . import ablations, learning, photographs
+from . import ablation_variants, ablations, learning, photographs
 
 PACKAGES = (
     "matplotlib",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablations",
         action="store_true",
-        help=f"instead of all this, the paper's Tables 2 and 3 in small: {len(ablations.VARIANTS)} variants, each with "
+        help=f"instead of all this, the paper's Tables 2 and 3 in small: {len(ablation_variants.VARIANTS)} variants, each with "
         f"{ablations.SEEDS} seeds, in one CPU thread; what was interrupted goes on where it was",
     )
     seeds = "of the detector's part; of ablations the first one; default: %(default)s"

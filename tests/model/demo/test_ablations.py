@@ -27,8 +27,8 @@ if torch.cuda.is_available():
 
 from smca_kernels.tools import cli  # noqa: E402
 from smca_model.config import Config  # noqa: E402
-from smca_model.demo import ablation_report, ablations  # noqa: E402
-from smca_model.demo.ablations import VARIANTS, Variant  # noqa: E402
+from smca_model.demo import ablation_report, ablation_variants, ablations  # noqa: E402
+from smca_model.demo.ablation_variants import VARIANTS, Variant  # noqa: E402
 from smca_model.presets import PRESETS, configure  # noqa: E402
 from smca_model.training.engine import Trainer, TrainingError  # noqa: E402
 from smca_model.training.settings import Settings  # noqa: E402
@@ -39,7 +39,7 @@ STEPS = 4  # of a run of `miniature`
 @pytest.fixture
 def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two variants, one seed, four steps each."""
-    monkeypatch.setattr(ablations, "VARIANTS", tuple(v for v in VARIANTS if v.name in ("smca", "smca-3intra")))
+    monkeypatch.setattr(ablation_variants, "VARIANTS", tuple(v for v in VARIANTS if v.name in ("smca", "smca-3intra")))
     monkeypatch.setattr(ablations, "SEEDS", 1)
     monkeypatch.setattr(ablations, "DATA", {"train": 8, "val": 2, "size": 48, "seed": 0})
     training = {"epochs": 2, "lr_drop": 2, "batch_size": 4, "lr": 1e-4, "workers": 0, "flip": False, "crop": False}
