@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablations",
         action="store_true",
-        help=f"instead of all this, the paper's Tables 2 and 3 in small: {len(ablation_variants.VARIANTS)} variants, each with "
-        f"{ablations.SEEDS} seeds, in one CPU thread; what was interrupted goes on where it was",
+        help=f"instead of all this, the paper's Tables 2 and 3 in small: {len(ablation_variants.VARIANTS)} variants, "
+        f"each with {ablations.SEEDS} seeds, in one CPU thread; what was interrupted goes on where it was",
     )
     seeds = "of the detector's part; of ablations the first one; default: %(default)s"
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=seeds)
