@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_packages
+from smca_kernels.tools.arguments import check_packages, make_folder
 
 from .evaluate import add_model_arguments, check_model_arguments, chosen_image_size, load_model
 from .pictures import best_queries, draw_attention, draw_boxes, write_picture
@@ -102,10 +102,7 @@ def run(args: argparse.Namespace) -> int:
         if not all(0 <= query < queries for query in args.queries or ()):
             raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
         shown = model if args.attention else None
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
+    make_folder("--out", args.out)
     report: list[dict[str, Any]] = []
     counted: list[tuple[int, float]] = []
     left_out: list[str] = []

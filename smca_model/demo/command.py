@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from smca_kernels.tools.arguments import check_packages
+from smca_kernels.tools.arguments import check_packages, make_folder
 
 from . import learning, photographs
 
@@ -44,10 +44,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: when it can't start.
     """
     check_packages(PACKAGES, "model,demo")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
+    make_folder("--out", args.out)
     status = photographs.run_layer(args.out)
     if status:
         return status
