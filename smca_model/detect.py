@@ -1,35 +1,52 @@
-"""`smca detect`: boxes in images as JSON and as pictures, and the attention that found them (Figure 3 of the paper)."""
+"""`smca detect`: boxes in images, videos and a webcam's pictures as JSON and drawn, and the attention behind them."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import json
+import logging
+import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from smca_kernels.files import write_text
+from smca_kernels.files import replacing, write_text
 from smca_kernels.tools.arguments import check_packages, make_folder
 
 from .evaluate import add_model_arguments, check_model_arguments, chosen_image_size, load_model
 from .pictures import best_queries, draw_attention, draw_boxes, write_picture
+from .training.signals import StopSignals
 
 if TYPE_CHECKING:
+    import supervision
     import torch
     from torch import Tensor
 
     from .detector import SMCA
     from .onnx_detector import OnnxDetector
+    from .video import VideoFile, Webcam
+
+ENDINGS = ("_boxes.png", "_attention.png", "_boxes.mp4", "_detections.jsonl")
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has one slash left; a drive's name is one letter
 
 
 def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
-    """Objects in images of any sizes, all in one batch.
+    """Objects in images of any sizes.
+
+    Those that are of one size for the model are a batch. So none is padded, and what is found in an image depends on no
+    other.
 
     Args:
         model: in evaluation mode, or one that `smca export` wrote; images are moved to its device, and resized as its
@@ -39,16 +56,24 @@ def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: f
 
     Returns:
         For each image scores [k] in descending order, labels [k] and boxes [k, 4] on the CPU: (x1, y1, x2, y2) in
-        pixels of the image as given.
+        pixels of the image as given. Names of the labels are in `model.classes`.
     """
     import torch
 
     from .detector import postprocess
 
-    with torch.no_grad():
-        outputs = model(_inputs(model, images))
-    found = postprocess(outputs, [(image.shape[1], image.shape[2]) for image in images])
-    return [{n: t[each["scores"] >= threshold].cpu() for n, t in each.items()} for each in found]
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    inputs = _inputs(model, images)
+    for i, image in enumerate(inputs):
+        groups[tuple(image.shape)].append(i)
+    found: dict[int, dict[str, Tensor]] = {}
+    for members in groups.values():
+        with torch.no_grad():
+            outputs = model([inputs[i] for i in members])
+        results = postprocess(outputs, [(images[i].shape[1], images[i].shape[2]) for i in members])
+        for i, each in zip(members, results, strict=True):
+            found[i] = {name: tensor[each["scores"] >= threshold].cpu() for name, tensor in each.items()}
+    return [found[i] for i in range(len(images))]
 
 
 def _inputs(model: SMCA | OnnxDetector, images: Sequence[Tensor]) -> list[Tensor]:
@@ -57,17 +82,137 @@ def _inputs(model: SMCA | OnnxDetector, images: Sequence[Tensor]) -> list[Tensor
     return [normalize(resize(image, *model.image_size)).to(model.device) for image in images]
 
 
+def to_supervision(found: dict[str, Tensor], classes: Sequence[str]) -> supervision.Detections:
+    """Detections of one image for supervision's annotators, trackers, zones and exports.
+
+    Args:
+        found: of `detect`, k objects.
+        classes: name of each label, as in `model.classes`.
+
+    Returns:
+        xyxy [k, 4] and confidence [k] in float32, class_id [k], and data["class_name"] [k].
+
+    Raises:
+        ValueError: naming the command that installs supervision, where it is missing.
+    """
+    check_packages(("supervision",), "video")
+    import numpy as np
+    import supervision
+
+    labels = found["labels"].numpy()
+    return supervision.Detections(
+        xyxy=found["boxes"].numpy(),
+        confidence=found["scores"].numpy(),
+        class_id=labels,
+        data={"class_name": np.array([classes[label] for label in labels], dtype=np.str_)},
+    )
+
+
+@dataclass
+class VideoResult:
+    """What was found in a video.
+
+    Attributes:
+        frames: how many were read.
+        objects: how many were found in them.
+        seconds: time that the model took for them, the first batch aside where there are more.
+        timed_frames: how many frames those are.
+        intervals: shortest and longest time from a frame to the next, in seconds; both 0 of a single frame.
+        rate_varies: whether intervals differ by more than rounding to the video's clock.
+    """
+
+    frames: int = 0
+    objects: int = 0
+    seconds: float = 0.0
+    timed_frames: int = 0
+    intervals: tuple[float, float] = (0.0, 0.0)
+    rate_varies: bool = False
+
+
+def detect_video(
+    model: SMCA | OnnxDetector,
+    video: VideoFile | Webcam,
+    *,
+    boxes: Path,
+    records: Path,
+    threshold: float = 0.5,
+    batch_size: int = 1,
+    progress: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> VideoResult:
+    """Objects in every frame of a video, drawn into a video of the same size and times, and as lines of JSON.
+
+    A line has frame (from 0), seconds (from the first frame on) and detections as `as_records`. Both files are there,
+    as a whole, when the video ends or is stopped; after an error neither is.
+
+    Args:
+        model: as of `detect`.
+        video: opened.
+        boxes: MP4 file to write or replace.
+        records: file of JSON lines to write or replace.
+        threshold: least score.
+        batch_size: frames at once.
+        progress: show a bar.
+        stopped: asked before each batch; True ends the video there.
+
+    Raises:
+        OSError: with the file's name, when it can't be written.
+    """
+    from tqdm import tqdm
+
+    from .video import writing_video
+
+    for path in (boxes, records):
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long is told now rather than at the end
+    result = VideoResult()
+    intervals: set[int] = set()
+    last = 0
+    with (
+        replacing(records) as temporary,
+        temporary.open("w", encoding="utf-8") as lines,
+        writing_video(boxes, video) as write,
+        tqdm(total=video.frames, desc=video.name, unit="frame", disable=not progress) as bar,
+    ):
+        for batch in _batches(video, batch_size):
+            began = time.perf_counter()
+            results = detect(model, [frame.image for frame in batch], threshold=threshold)
+            seconds = time.perf_counter() - began
+            if result.frames == result.timed_frames == batch_size:
+                result.seconds, result.timed_frames = 0.0, 0  # the first batch warms up
+            result.seconds, result.timed_frames = result.seconds + seconds, result.timed_frames + len(batch)
+            for frame, found in zip(batch, results, strict=True):
+                write(draw_boxes(frame.image, found, model.classes, enlarge=False), frame.ticks)
+                line = {"frame": result.frames, "seconds": round(float(frame.ticks * video.time_base), 6)}
+                line["detections"] = as_records(found, model.classes)
+                lines.write(json.dumps(line) + "\n")
+                if result.frames:
+                    intervals.add(frame.ticks - last)
+                last = frame.ticks
+                result.frames += 1
+                result.objects += len(found["scores"])
+            bar.update(len(batch))
+            if stopped():
+                break
+    if intervals:
+        shortest, longest = min(intervals), max(intervals)
+        result.intervals = float(shortest * video.time_base), float(longest * video.time_base)
+        result.rate_varies = longest - shortest > 2  # each time is rounded to a tick
+    return result
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca detect`."""
     parser.description = (
-        "Find objects in images: detections.json, and for each image NAME_boxes.png and, with --attention, "
-        "NAME_attention.png."
+        "Find objects in images and videos: detections.json, for each image NAME_boxes.png and, with --attention, "
+        "NAME_attention.png, for each video NAME_boxes.mp4 and, a line a frame, NAME_detections.jsonl."
     )
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    add("images", nargs="*", type=Path, metavar="FILE", help="images, folders of images, videos")
+    add("--webcam", type=int, metavar="N", help="a webcam's pictures, from 0, until Ctrl-C")
     add_model_arguments(parser)
     add("--runtime", choices=("torch", "onnx"), default="torch", help="onnx: --weights is what `smca export` wrote")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="default: %(default)s")
@@ -78,18 +223,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca detect`: exit status 0, or 1 with a list of what it left out: images that can't be read, too long names.
+    """`smca detect`: exit status 0, or 1 with a list of what it left out: files that can't be read, too long names.
+
+    A video that SIGINT or SIGTERM ended is written as far as it was, with the status 128 + the signal's number.
 
     Raises:
-        ValueError: when it can't start, and when no image can be read.
+        ValueError: when it can't start, and when nothing can be read.
         OSError: with the file's name, when nothing more can be written.
     """
     check_packages(("matplotlib", "safetensors", "torchvision", "tqdm"), "model,demo")
-    files = _files(args.images)
-    from tqdm import tqdm
-
-    from .data.images import load_image
-
+    if not args.images and args.webcam is None:
+        raise ValueError("give images, folders, videos, or --webcam N")
+    images, videos = _files(args.images)
+    if videos or args.webcam is not None:
+        check_packages(("av", *(("cv2",) if args.webcam is not None else ())), "video")
+        if args.attention:
+            raise ValueError(f"--attention must go with images alone, got {videos[0] if videos else '--webcam'}")
+        if args.webcam is not None and args.webcam < 0:
+            raise ValueError(f"--webcam must be at least 0, got {args.webcam}")
     model: SMCA | OnnxDetector
     shown: SMCA | None = None  # whose attention is drawn
     if args.runtime == "onnx":
@@ -103,45 +254,130 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
         shown = model if args.attention else None
     make_folder("--out", args.out)
-    report: list[dict[str, Any]] = []
-    counted: list[tuple[int, float]] = []
-    left_out: list[str] = []
-    for batch in tqdm(list(_batches(files, args.batch_size)), desc="detection", unit="batch"):
-        images: dict[Path, Tensor] = {}
-        for file in batch:
-            with _noting(left_out):
-                images[file] = load_image(file)
-        if not images:
-            continue
-        began = time.perf_counter()
-        results = detect(model, list(images.values()), threshold=args.threshold)
-        counted.append((len(images), time.perf_counter() - began))
-        for (file, image), found in zip(images.items(), results, strict=True):
-            height, width = image.shape[1:]
-            records = as_records(found, model.classes)
-            report.append({"image": str(file), "width": width, "height": height, "detections": records})
-            with _noting(left_out):
-                write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
-            if shown is not None:
-                (resized,) = _inputs(shown, [image])
-                chosen = args.queries or best_queries(shown, resized, 3)
-                path = args.out / f"{file.stem}_attention.png"
-                with _noting(left_out):
-                    draw_attention(shown, resized, path, queries=chosen, layer=args.layer)
-    if not report:
+    written = {(args.out / f"{file.stem}{ending}").resolve() for file in (*images, *videos) for ending in ENDINGS}
+    for file in (*images, *videos):
+        if file.resolve() in written:
+            raise ValueError(f"--out must be another folder, or {file} would be replaced by what is found")
+    work = _Work(args, model, shown)
+    work.do_images(images)
+    work.do_videos(videos)
+    left_out = [told for file in (*images, *videos, Path("webcam")) for told in work.left_out.get(file, ())]
+    if not work.entries:
         raise ValueError("\n".join(left_out))
+    report = [work.entries[file] for file in (*images, *videos, Path("webcam")) if file in work.entries]
     write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
-    counted = counted[1:] or counted  # the first batch warms up
-    speed = sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
-    objects = sum(len(each["detections"]) for each in report)
+    counts = [f"{number} {what}" for what, number in work.counts.items() if number]
     print(
-        f"{objects} objects of score {args.threshold:g} or more in {len(report)} images, in {args.out}; "
-        f"{speed:.1f} images per second on {device}, reading and drawing aside"
+        f"{work.objects} objects of score {args.threshold:g} or more in {' and '.join(counts)}, in {args.out}; "
+        f"{work.speed():.1f} images per second on {device}, reading and drawing aside"
     )
     if left_out:
         print("\n".join([f"smca detect: {len(left_out)} left out:", *left_out]), file=sys.stderr)
-        return 1
-    return 0
+    return 128 + work.stop.number if work.stop.number else bool(left_out)
+
+
+class _Work:
+    """What `smca detect` does, and what it has found so far."""
+
+    def __init__(self, args: argparse.Namespace, model: SMCA | OnnxDetector, shown: SMCA | None) -> None:
+        self.args, self.model, self.shown = args, model, shown
+        self.entries: dict[Path, dict[str, Any]] = {}
+        self.left_out: dict[Path, list[str]] = defaultdict(list)
+        self.counts = {"images": 0, "frames": 0}
+        self.objects = 0
+        self.timings: list[tuple[int, float]] = []
+        self.stop = StopSignals()
+
+    def speed(self) -> float:
+        counted = self.timings[1:] or self.timings  # the first batch warms up
+        return sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
+
+    def do_images(self, files: Sequence[Path]) -> None:
+        """Write entries and pictures of images; those of like sizes are in a batch, whatever their order."""
+        from tqdm import tqdm
+
+        from .data.images import load_image, resized_size, stored_size
+
+        groups: dict[tuple[int, int] | None, list[Path]] = defaultdict(list)
+        for file in files:
+            size = stored_size(file)
+            groups[size and resized_size(size, *self.model.image_size)].append(file)
+        batches = [batch for group in groups.values() for batch in _batches(group, self.args.batch_size)]
+        for batch in tqdm(batches, desc="detection", unit="batch", disable=not files):
+            images: dict[Path, Tensor] = {}
+            for file in batch:
+                with _noting(self.left_out[file]):
+                    images[file] = load_image(file)
+            if not images:
+                continue
+            began = time.perf_counter()
+            results = detect(self.model, list(images.values()), threshold=self.args.threshold)
+            self.timings.append((len(images), time.perf_counter() - began))
+            for (file, image), found in zip(images.items(), results, strict=True):
+                self._write_image(file, image, found)
+
+    def _write_image(self, file: Path, image: Tensor, found: dict[str, Tensor]) -> None:
+        args, (height, width) = self.args, image.shape[1:]
+        records = as_records(found, self.model.classes)
+        self.entries[file] = {"image": str(file), "width": width, "height": height, "detections": records}
+        self.counts["images"] += 1
+        self.objects += len(records)
+        with _noting(self.left_out[file]):
+            write_picture(draw_boxes(image, found, self.model.classes), args.out / f"{file.stem}_boxes.png")
+        if self.shown is not None:
+            (resized,) = _inputs(self.shown, [image])
+            chosen = args.queries or best_queries(self.shown, resized, 3)
+            with _noting(self.left_out[file]):
+                path = args.out / f"{file.stem}_attention.png"
+                draw_attention(self.shown, resized, path, queries=chosen, layer=args.layer)
+
+    def do_videos(self, files: Sequence[Path]) -> None:
+        """Write entries, videos with boxes and lines of JSON of videos, then of the webcam, unless stopped before."""
+        if not files and self.args.webcam is None:
+            return
+        from .video import VideoFile, Webcam
+
+        with self.stop:
+            for file in files:
+                if not self.stop.number:
+                    with _noting(self.left_out[file]), VideoFile(file) as video:
+                        self._write_video(file, file.stem, video, self.args.batch_size)
+            if self.args.webcam is not None and not self.stop.number:
+                number = self.args.webcam
+                with _noting(self.left_out[Path("webcam")]), Webcam(number) as webcam:
+                    # One by one, so that none waits for others to come.
+                    self._write_video(Path("webcam"), f"webcam_{number}", webcam, 1)
+
+    def _write_video(self, file: Path, name: str, video: VideoFile | Webcam, batch_size: int) -> None:
+        args = self.args
+        records = args.out / f"{name}_detections.jsonl"
+        result = detect_video(
+            self.model,
+            video,
+            boxes=args.out / f"{name}_boxes.mp4",
+            records=records,
+            threshold=args.threshold,
+            batch_size=batch_size,
+            progress=True,
+            stopped=lambda: bool(self.stop.number),
+        )
+        self.entries[file] = {
+            "video": video.name,
+            "width": video.width,
+            "height": video.height,
+            "frames": result.frames,
+            "fps": None if video.rate is None else round(float(video.rate), 3),
+            "rate_varies": result.rate_varies,
+            "detections": records.name,
+        }
+        self.counts["frames"] += result.frames
+        self.objects += result.objects
+        self.timings.append((result.timed_frames, result.seconds))
+        if result.rate_varies:
+            shortest, longest = (f"{1000 * seconds:.0f}" for seconds in result.intervals)
+            logger.warning("%s: frames are %s to %s ms apart, and so they are written", video.name, shortest, longest)
+        if video.damaged:
+            self.left_out[file].append(f"video {video.name} has {video.damaged} parts that can't be decoded")
 
 
 def _load_onnx(args: argparse.Namespace) -> tuple[OnnxDetector, torch.device]:
@@ -182,9 +418,10 @@ def as_records(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[st
     ]
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """The image files that paths name, folders replaced by the images in them."""
-    files: list[Path] = []
+def _files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The images and videos that paths name, folders replaced by the images in them."""
+    images: list[Path] = []
+    videos: list[Path] = []
     for path in paths:
         if path.is_dir():
             # Hidden files are no images: a Mac leaves ._NAME.jpg beside NAME.jpg.
@@ -195,19 +432,34 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             )
             if not inside:
                 raise ValueError(f"a folder must have images in it ({', '.join(sorted(SUFFIXES))}), {path} has none")
-            files += inside
+            images += inside
         elif path.is_file():
-            files.append(path)
+            (images if path.suffix.lower() in SUFFIXES or _is_image(path) else videos).append(path)
+        elif URL.match(str(path)):
+            raise ValueError(f"images and videos must be files, no addresses; download it first, got {path}")
         else:
-            raise ValueError(f"images must be files or folders, there is no {path}")
+            hint = f"; a webcam is --webcam {path}" if str(path).isdecimal() else ""
+            raise ValueError(f"images must be files or folders, there is no {path}{hint}")
     names: dict[str, Path] = {}
-    for file in files:
+    for file in (*images, *videos):
         if file.stem in names:
             raise ValueError(f"images must differ in name without suffix, got {names[file.stem]} and {file}")
         names[file.stem] = file
-    return files
+    return images, videos
 
 
-def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    for start in range(0, len(files), size):
-        yield files[start : start + size]
+def _is_image(path: Path) -> bool:
+    from .data.images import stored_size
+
+    return stored_size(path) is not None
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

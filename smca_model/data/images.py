@@ -57,6 +57,16 @@ def load_image(path: Path) -> Tensor:
     return _to_tensor(_turn(stored, orientation))
 
 
+def stored_size(path: Path) -> tuple[int, int] | None:
+    """Height and width of an image file, upright, as far as can be told without decoding it; None if it is no image."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) >= 5 else (height, width)
+    except Exception:  # as in `_read`
+        return None
+
+
 def load_annotated_image(path: Path, size: tuple[int, int], *, annotations: Path, upright: bool = False) -> Tensor:
     """An image file as `load_image` reads it, in the form that its boxes are in, as stored or upright.
 
