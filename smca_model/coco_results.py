@@ -100,7 +100,7 @@ def measure(coco: COCO, detections: Sequence[Detection], *, library: str | None 
         printed.truncate(0)
         printed.seek(0)
         evaluation.summarize()
-    counts = defaultdict(int)
+    counts: dict[int, int] = defaultdict(int)
     for annotation in coco.dataset["annotations"]:
         counts[annotation["category_id"]] += not annotation["iscrowd"]
     categories = sorted(coco.cats)
@@ -157,12 +157,12 @@ def confusion_matrix(
         left[list(matched)] = False
         left[:, list(matched.values())] = False
         matched |= _match(overlaps, left)
-        for detection, box in matched.items():
-            matrix[of_boxes[box], of_found[detection]] += 1
-        for box in set(range(len(boxes))) - set(matched.values()):
-            matrix[of_boxes[box], background] += 1
-        for detection in set(np.flatnonzero(~ignored)) - set(matched):
-            matrix[background, of_found[detection]] += 1
+        for row, column in matched.items():
+            matrix[of_boxes[column], of_found[row]] += 1
+        not_found = np.setdiff1d(np.arange(len(boxes)), list(matched.values()))
+        np.add.at(matrix, (of_boxes[not_found], background), 1)
+        of_nothing = np.setdiff1d(np.flatnonzero(~ignored), list(matched))
+        np.add.at(matrix, (background, of_found[of_nothing]), 1)
     return matrix
 
 

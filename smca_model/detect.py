@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from .onnx_detector import OnnxDetector
     from .video import VideoFile, Webcam
 
-ENDINGS = ("_boxes.png", "_attention.png", "_boxes.mp4", "_detections.jsonl")
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+ENDINGS = ("_boxes.png", "_attention.png", "_boxes.mp4", "_detections.jsonl")  # of what is written
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has one slash left; a drive's name is one letter
 
 
@@ -183,9 +183,8 @@ def detect_video(
             result.seconds, result.timed_frames = result.seconds + seconds, result.timed_frames + len(batch)
             for frame, found in zip(batch, results, strict=True):
                 write(draw_boxes(frame.image, found, model.classes, enlarge=False), frame.ticks)
-                line = {"frame": result.frames, "seconds": round(float(frame.ticks * video.time_base), 6)}
-                line["detections"] = as_records(found, model.classes)
-                lines.write(json.dumps(line) + "\n")
+                when = {"frame": result.frames, "seconds": round(float(frame.ticks * video.time_base), 6)}
+                lines.write(json.dumps({**when, "detections": as_records(found, model.classes)}) + "\n")
                 if result.frames:
                     intervals.add(frame.ticks - last)
                 last = frame.ticks
@@ -235,6 +234,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.images and args.webcam is None:
         raise ValueError("give images, folders, videos, or --webcam N")
     images, videos = _files(args.images)
+    written = {(args.out / f"{file.stem}{ending}").resolve() for file in (*images, *videos) for ending in ENDINGS}
+    for file in (*images, *videos):
+        if file.resolve() in written:
+            raise ValueError(f"--out must be another folder, or {file} would be replaced by what is found")
     if videos or args.webcam is not None:
         check_packages(("av", *(("cv2",) if args.webcam is not None else ())), "video")
         if args.attention:
@@ -254,10 +257,6 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
         shown = model if args.attention else None
     make_folder("--out", args.out)
-    written = {(args.out / f"{file.stem}{ending}").resolve() for file in (*images, *videos) for ending in ENDINGS}
-    for file in (*images, *videos):
-        if file.resolve() in written:
-            raise ValueError(f"--out must be another folder, or {file} would be replaced by what is found")
     work = _Work(args, model, shown)
     work.do_images(images)
     work.do_videos(videos)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -70,15 +70,16 @@ class VideoFile:
             self._stream.thread_type = "AUTO"
             self.damaged = 0
             self._decoded = self._decode()
-            self._first = next(self._decoded, None)
-            if self._first is None:
+            first = next(self._decoded, None)
+            if first is None:
                 raise DataError(
                     f"video {path} can't be read: it has no frame{' that can be decoded' * (self.damaged > 0)}"
                 )
         except BaseException:
             self._container.close()
             raise
-        stream, turned = self._stream, self._quarters(self._first) % 2
+        self._first: Any = first
+        stream, turned = self._stream, self._quarters(first) % 2
         self.width, self.height = self._first.width, self._first.height
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         if turned:
@@ -101,7 +102,7 @@ class VideoFile:
         first, size = self._first, {"width": self._first.width, "height": self._first.height}
         step = 1 if self.rate is None else max(1, round(1 / (self.rate * self.time_base)))
         ticks = -step
-        frame = first
+        frame: Any = first
         while frame is not None:
             after = ticks + step  # for a stream without times, or whose times don't rise
             timed = frame.pts is not None and first.pts is not None and frame.pts - first.pts > ticks
@@ -132,7 +133,7 @@ class VideoFile:
                 yield from packet.decode()
             except EOFError:
                 return
-            except av.error.InvalidDataError:
+            except av.error.FFmpegError:
                 self.damaged += 1
 
 
@@ -206,19 +207,44 @@ def writing_video(path: Path, like: VideoFile | Webcam) -> Iterator[Callable[[Te
     """
     import av
 
-    # FFmpeg itself would not tell of a full disk.
-    with replacing(path) as temporary, temporary.open("wb") as file, av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=like.rate or 30)
-        stream.width, stream.height = like.width, like.height
-        # Chroma of half the size needs even sides.
-        stream.pix_fmt = "yuv444p" if like.width % 2 or like.height % 2 else "yuv420p"
-        stream.codec_context.time_base = like.time_base
-        stream.codec_context.sample_aspect_ratio = like.pixel_aspect
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        sink = _Sink(file)
+        with av.open(sink, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=like.rate or 30)
+            stream.width, stream.height = like.width, like.height
+            # Chroma of half the size needs even sides.
+            stream.pix_fmt = "yuv444p" if like.width % 2 or like.height % 2 else "yuv420p"
+            stream.codec_context.time_base = like.time_base
+            stream.codec_context.sample_aspect_ratio = like.pixel_aspect
 
-        def write(image: Tensor, ticks: int) -> None:
-            frame = av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-            frame.pts, frame.time_base = ticks, like.time_base
-            container.mux(stream.encode(frame))
+            def write(image: Tensor, ticks: int) -> None:
+                frame = av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+                frame.pts, frame.time_base = ticks, like.time_base
+                container.mux(stream.encode(frame))
+                sink.check()
 
-        yield write
-        container.mux(stream.encode(None))
+            yield write
+            container.mux(stream.encode(None))
+        sink.check()
+
+
+class _Sink:
+    """A file for FFmpeg to write, which keeps the first error: raised inside FFmpeg, some would be printed and lost."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+        self.seek, self.tell = file.seek, file.tell
+
+    def write(self, data: bytes) -> int:
+        if self._error is None:
+            try:
+                self._file.write(data)
+                self._file.flush()
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error

@@ -42,7 +42,8 @@ def found(image: int, category: int, box: list[float], score: float) -> dict[str
 def random_results(rng: np.random.Generator, *, crowds: bool = True) -> tuple[Any, list[dict[str, Any]]]:
     """Objects of all sizes, some images without, and detections near and far, with ties, of one image hundreds."""
     ids = [category["id"] for category in CATEGORIES[:2]]  # the third has none
-    objects, detections = [], []
+    large = [100.0, 100.0, 150.0, 150.0]
+    objects, detections = [(1, ids[0], large, 0)], [found(1, ids[0], large, 0.5)]
     for image in range(12):
         for _ in range(0 if image % 4 == 0 else rng.integers(1, 12)):
             box = np.concatenate((300 * rng.random(2), np.exp(1 + 4.5 * rng.random(2))))

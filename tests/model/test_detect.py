@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,3 +210,97 @@ def test_wrong_options_are_told_in_one_line(
         (folder / "text.png").write_text("no image")
     assert cli.main(["detect", *options, "--weights", str(weights_file)]) == 2
     assert f"smca detect: error: {message}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ batches and other libraries
+
+
+def test_what_is_found_in_an_image_depends_on_no_other_in_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_detector()
+    sides = [(40, 60), (48, 40), (80, 120), (40, 60), (96, 48)]
+    images = [torch.randint(0, 256, (3, *each), dtype=torch.uint8) for each in sides]
+    alone = [detect.detect(model, [image], threshold=0.0)[0] for image in images]
+    seen = []
+    real = SMCA.forward
+    monkeypatch.setattr(
+        SMCA, "forward", lambda self, batch: seen.append([tuple(each.shape[1:]) for each in batch]) or real(self, batch)
+    )
+    together = detect.detect(model, images, threshold=0.0)
+    assert seen == [[(48, 72)] * 3, [(57, 48)], [(96, 48)]]
+    for one, other in zip(alone, together, strict=True):
+        # Sums of more rows may be in another order; boxes of scores so close to each other could change places.
+        torch.testing.assert_close(one["scores"], other["scores"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one["boxes"].sum(0), other["boxes"].sum(0), atol=1e-2, rtol=0)
+
+
+def test_images_of_one_size_are_a_batch_and_reported_in_the_order_given(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "b", "c", "d", "e"]
+    files = [write_image(tmp_path / f"{name}.png", *((60, 40), (40, 60))[i % 2]) for i, name in enumerate(names)]
+    seen = []
+    real = SMCA.forward
+    monkeypatch.setattr(
+        SMCA, "forward", lambda self, batch: seen.append([tuple(each.shape[1:]) for each in batch]) or real(self, batch)
+    )
+    command = ["detect", *map(str, files), "--weights", str(weights_file), "--out", str(tmp_path / "found")]
+    assert cli.main([*command, "--batch-size", "2"]) == 0
+    assert seen == [[(48, 72)] * 2, [(48, 72)], [(72, 48)] * 2]
+    report = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert [each["image"] for each in report] == list(map(str, files))
+
+
+def some_found() -> dict[str, torch.Tensor]:
+    boxes = torch.tensor([[10.0, 20.0, 30.0, 35.0], [1.0, 2.0, 40.0, 30.0]])
+    return {"boxes": boxes, "labels": torch.tensor([2, 0]), "scores": torch.tensor([0.9, 0.6])}
+
+
+def test_detections_are_supervisions(tmp_path: Path) -> None:
+    supervision = pytest.importorskip("supervision")
+    detections = detect.to_supervision(some_found(), CLASSES)
+    assert detections.xyxy.tolist() == some_found()["boxes"].tolist()
+    assert detections.confidence.tolist() == pytest.approx([0.9, 0.6])
+    assert detections.class_id.tolist() == [2, 0]
+    assert detections.data["class_name"].tolist() == detections["class_name"].tolist() == ["three", "one"]
+    drawn = supervision.BoxAnnotator(thickness=1).annotate(np.zeros((40, 50, 3), np.uint8), detections[:1])
+    rows, columns = drawn.any(-1).nonzero()
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == pytest.approx((10, 20, 30, 35), abs=1)
+
+
+def test_supervision_exports_detections_in_cocos_format(tmp_path: Path) -> None:
+    supervision = pytest.importorskip("supervision")
+    picture = write_image(tmp_path / "a.png")
+    detections = detect.to_supervision(some_found(), CLASSES)
+    dataset = supervision.DetectionDataset(list(CLASSES), [str(picture)], {str(picture): detections})
+    dataset.as_coco(annotations_path=str(tmp_path / "coco.json"))
+    data = json.loads((tmp_path / "coco.json").read_text())
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    assert [names[each["category_id"]] for each in data["annotations"]] == ["three", "one"]
+    assert [each["bbox"] for each in data["annotations"]] == [[10, 20, 20, 15], [1, 2, 39, 28]]
+
+
+def test_no_detections_are_empty_ones_of_supervision() -> None:
+    pytest.importorskip("supervision")
+    nothing = {name: tensor[:0] for name, tensor in some_found().items()}
+    detections = detect.to_supervision(nothing, CLASSES)
+    assert len(detections) == 0
+    assert detections.xyxy.shape == (0, 4)
+    assert detections.data["class_name"].shape == (0,)
+
+
+def test_without_supervision_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "supervision" else real(name))
+    with pytest.raises(ValueError, match=r"needs supervision: pip install 'smca_kernels\[video\]'"):
+        detect.to_supervision(some_found(), CLASSES)
+
+
+def test_pictures_are_written_over_no_image(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [write_image(tmp_path / "a.png"), write_image(tmp_path / "a_boxes.png")]
+    before = files[1].read_bytes()
+    command = ["detect", *map(str, files), "--weights", str(weights_file), "--out", str(tmp_path)]
+    assert cli.main(command) == 2
+    assert f"--out must be another folder, or {files[1]} would be replaced" in capsys.readouterr().err
+    assert files[1].read_bytes() == before
