@@ -101,12 +101,18 @@ def test_of_many_classes_the_best_and_the_worst_are_drawn(tmp_path: Path, monkey
 )
 def test_pictures_of_classes_of_any_name_and_number(tmp_path: Path, classes: tuple[str, ...]) -> None:
     count = len(classes) + 1
-    result_pictures.draw_precision_recall(made_results(classes, without_boxes=len(classes) - 1), tmp_path / "c.png")
+    result_pictures.draw_precision_recall(made_results(classes, without_boxes=len(classes) // 2), tmp_path / "c.png")
     matrix = np.zeros((count, count), np.int64)
     matrix[0, 1] = 3
     result_pictures.draw_confusion_matrix(matrix, classes, tmp_path / "m.png", score=0.5, iou=0.5)
     with Image.open(tmp_path / "m.png") as picture:
         assert max(picture.size) <= 100 * (result_pictures.MAX_INCHES + 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_no_class_at_all_are_an_empty_picture(tmp_path: Path) -> None:
+    result_pictures.draw_precision_recall(made_results(("cat", "dog"), without_boxes=2), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_classes_without_a_box_have_a_dash_in_the_table() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ pytest.importorskip("torchvision")
 
 from small_videos import noise, shades, write_frames
 
+from smca_model import video as video_module
 from smca_model.data.images import DataError
 from smca_model.video import VideoFile, Webcam, writing_video
 
@@ -166,6 +169,22 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
 
     source, path = write_frames(tmp_path / "film.mp4", noise(8)), tmp_path / "copy.mp4"
     with files_of_at_most(source.stat().st_size // 2), pytest.raises(OSError, match="too large") as raised:
+        copy(source, path)
+    assert raised.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, path = write_frames(tmp_path / "film.mp4", shades(3)), tmp_path / "copy.mp4"
+    real = video_module._Sink.write
+
+    def write(self: Any, data: bytes) -> int:
+        if b"moov" in data:  # the index, which is written last
+            self._error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, data)
+
+    monkeypatch.setattr(video_module._Sink, "write", write)
+    with pytest.raises(OSError, match="No space left") as raised:
         copy(source, path)
     assert raised.value.filename == str(path)
     assert list(tmp_path.iterdir()) == [source]
