@@ -66,4 +66,6 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error.__cause__, OSError):  # of another file, written inside and named there
+            raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error

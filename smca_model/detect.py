@@ -1,39 +1,52 @@
-"""`smca detect`: boxes in images as JSON and as pictures, and the attention that found them (Figure 3 of the paper)."""
+"""`smca detect`: boxes in images, videos and a webcam's pictures as JSON and drawn, and the attention behind them."""
 
 from __future__ import annotations
 
 import argparse
 import errno
-import functools
 import json
+import logging
+import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smca_kernels.files import replacing, write_text
-from smca_kernels.tools.arguments import check_packages
+from smca_kernels.tools.arguments import check_packages, make_folder
 
 from .config import IMAGE_SUFFIXES
 from .evaluate import add_model_arguments, check_model_arguments, chosen_image_size, load_model
+from .pictures import best_queries, draw_attention, draw_boxes, write_picture
+from .training.signals import StopSignals
 
 if TYPE_CHECKING:
+    import supervision
     import torch
     from torch import Tensor
 
-    from smca_kernels.nn import SpatialPriorOutput
-
     from .detector import SMCA
     from .onnx_detector import OnnxDetector
+    from .video import VideoFile, Webcam
 
-SHORT_SIDE_OF_PICTURES = 640  # smaller images are enlarged, for the names to be legible
-LONG_SIDE_OF_PICTURES = 4096  # and no further than to this
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+ENDINGS = ("_boxes.png", "_attention.png", "_boxes.mp4", "_detections.jsonl")  # of what is written
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has one slash left; a drive's name is one letter
 
 
 def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
-    """Objects in images of any sizes, all in one batch.
+    """Objects in images of any sizes.
+
+    Those that are of one size for the model are a batch. So none is padded, and what is found in an image depends on no
+    other.
 
     Args:
         model: in evaluation mode, or one that `smca export` wrote; images are moved to its device, and resized as its
@@ -43,16 +56,24 @@ def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: f
 
     Returns:
         For each image scores [k] in descending order, labels [k] and boxes [k, 4] on the CPU: (x1, y1, x2, y2) in
-        pixels of the image as given.
+        pixels of the image as given. Names of the labels are in `model.classes`.
     """
     import torch
 
     from .detector import postprocess
 
-    with torch.no_grad():
-        outputs = model(_inputs(model, images))
-    found = postprocess(outputs, [(image.shape[1], image.shape[2]) for image in images])
-    return [{n: t[each["scores"] >= threshold].cpu() for n, t in each.items()} for each in found]
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    inputs = _inputs(model, images)
+    for i, image in enumerate(inputs):
+        groups[tuple(image.shape)].append(i)
+    found: dict[int, dict[str, Tensor]] = {}
+    for members in groups.values():
+        with torch.no_grad():
+            outputs = model([inputs[i] for i in members])
+        results = postprocess(outputs, [(images[i].shape[1], images[i].shape[2]) for i in members])
+        for i, each in zip(members, results, strict=True):
+            found[i] = {name: tensor[each["scores"] >= threshold].cpu() for name, tensor in each.items()}
+    return [found[i] for i in range(len(images))]
 
 
 def _inputs(model: SMCA | OnnxDetector, images: Sequence[Tensor]) -> list[Tensor]:
@@ -61,196 +82,122 @@ def _inputs(model: SMCA | OnnxDetector, images: Sequence[Tensor]) -> list[Tensor
     return [normalize(resize(image, *model.image_size)).to(model.device) for image in images]
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def draw_boxes(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Tensor:
-    """An image with its detections as boxes with names and scores, uint8 [3, H, W]; a small image is enlarged.
+def to_supervision(found: dict[str, Tensor], classes: Sequence[str]) -> supervision.Detections:
+    """Detections of one image for supervision's annotators, trackers, zones and exports.
 
     Args:
-        image: uint8 [3, height, width].
-        found: of `detect`; without scores, names are drawn alone.
-        classes: name of each label.
-    """
-    import matplotlib
-    from torchvision.transforms.v2 import functional as transforms
-    from torchvision.utils import draw_bounding_boxes
-
-    factor = round(SHORT_SIDE_OF_PICTURES / min(image.shape[1:]))
-    factor = max(1, min(factor, LONG_SIDE_OF_PICTURES // max(image.shape[1:])))
-    height, width = (factor * side for side in image.shape[1:])
-    image = transforms.resize(image, [height, width])
-    if not len(found["boxes"]):
-        return image
-    labels = found["labels"].tolist()
-    # The darker half of tab20, so that white letters can be read on it.
-    shades = [matplotlib.colormaps["tab20"](2 * i / 20)[:3] for i in range(10)]
-    palette = [tuple(round(255 * part) for part in shade) for shade in shades]
-    font, names = _legible([classes[label] for label in labels], labels)
-    if "scores" in found:
-        names = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)]
-    drawn: Tensor = draw_bounding_boxes(
-        image,
-        found["boxes"] * factor,
-        names,
-        colors=[palette[label % len(palette)] for label in labels],
-        width=max(2, min(height, width) // 200),
-        font=font,
-        font_size=max(12, min(height, width) // 30),
-        label_colors="white",
-        fill_labels=True,
-    )
-    return drawn
-
-
-def _legible(names: Sequence[str], labels: Sequence[int]) -> tuple[str, list[str]]:
-    """A font file that has every character of some names, and the names; "class 7" for those that no font shows.
-
-    A character that a font lacks would be drawn as an empty box.
-    """
-    font = _find_font(frozenset("".join(names)))
-    shown = _characters(font)
-    return font, [
-        name if shown.issuperset(name) else f"class {label}" for name, label in zip(names, labels, strict=True)
-    ]
-
-
-@functools.cache
-def _find_font(characters: frozenset[str]) -> str:
-    """DejaVu Sans, or an installed font that has all of the characters where that has not."""
-    from matplotlib.font_manager import findfont, fontManager
-
-    usual = findfont("DejaVu Sans")
-    # The font of last resort shows everything, as boxes.
-    others = (entry.fname for entry in fontManager.ttflist if "last resort" not in entry.name.lower())
-    return next((font for font in (usual, *others) if _characters(font).issuperset(characters)), usual)
-
-
-@functools.cache
-def _characters(font: str) -> frozenset[str]:
-    """The characters that a font file can draw at any size; none of a file that can't be read."""
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        face = FT2Font(font)
-        return frozenset(map(chr, face.get_charmap())) if face.scalable else frozenset()
-    except (OSError, RuntimeError, ValueError):
-        return frozenset()
-
-
-def write_picture(image: Tensor, path: Path) -> None:
-    """Write or replace a PNG file by an image, uint8 [3, H, W]."""
-    from torchvision.transforms.v2 import functional as transforms
-
-    with replacing(path) as temporary:
-        transforms.to_pil_image(image).save(temporary, format="PNG")
-
-
-def attention_of(
-    model: SMCA, image: Tensor, *, queries: Sequence[int], layer: int = -1
-) -> tuple[list[Tensor], SpatialPriorOutput]:
-    """The attention of chosen queries in one image, and the prior that they attend under.
-
-    Args:
-        model: in evaluation mode.
-        image: normalised, [3, height, width], on the model's device.
-        queries: indices of the n queries wanted.
-        layer: of the decoder, counted from 0, or from the end where negative.
+        found: of `detect`, k objects.
+        classes: name of each label, as in `model.classes`.
 
     Returns:
-        For each scale [H, n, rows, columns], which sums to 1 over the grid; and the prior of all queries.
+        xyxy [k, 4] and confidence [k] in float32, class_id [k], and data["class_name"] [k].
 
     Raises:
-        ValueError: for a layer that the model doesn't have.
+        ValueError: naming the command that installs supervision, where it is missing.
     """
-    import torch
+    check_packages(("supervision",), "video")
+    import numpy as np
+    import supervision
 
-    layers: Any = model.decoder.layers
-    if not -len(layers) <= layer < len(layers):
-        raise ValueError(f"layer must be in -{len(layers)} … {len(layers) - 1}, got {layer}")
-    seen: dict[str, Any] = {}
-
-    def keep(module: Any, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
-        query, key, _, spatial_shapes = arguments
-        placement = {name: value for name, value in keywords.items() if name != "backend"}
-        seen["maps"] = module.attention_map(query, key, spatial_shapes, queries=list(queries), **placement)
-        seen["prior"] = output[1]
-
-    hook = layers[layer].co_attn.register_forward_hook(keep, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            model([image])
-    finally:
-        hook.remove()
-    return [maps[0] for maps in seen["maps"]], seen["prior"]
+    labels = found["labels"].numpy()
+    return supervision.Detections(
+        xyxy=found["boxes"].numpy(),
+        confidence=found["scores"].numpy(),
+        class_id=labels,
+        data={"class_name": np.array([classes[label] for label in labels], dtype=np.str_)},
+    )
 
 
-def best_queries(model: SMCA, image: Tensor, count: int) -> list[int]:
-    """The queries of an image (normalised, on the model's device) with the highest score of any class."""
-    import torch
+@dataclass
+class VideoResult:
+    """What was found in a video.
 
-    with torch.no_grad():
-        scores = model([image])["pred_logits"][0].amax(-1)
-    best: list[int] = scores.topk(min(count, len(scores))).indices.tolist()
-    return best
+    Attributes:
+        frames: how many were read.
+        objects: how many were found in them.
+        seconds: time that the model took for them, the first batch aside where there are more.
+        timed_frames: how many frames those are.
+        intervals: shortest and longest time from a frame to the next, in seconds; both 0 of a single frame.
+        rate_varies: whether intervals differ by more than rounding to the video's clock.
+    """
+
+    frames: int = 0
+    objects: int = 0
+    seconds: float = 0.0
+    timed_frames: int = 0
+    intervals: tuple[float, float] = (0.0, 0.0)
+    rate_varies: bool = False
 
 
-def draw_attention(
-    model: SMCA,
-    image: Tensor,
-    path: Path,
+def detect_video(
+    model: SMCA | OnnxDetector,
+    video: VideoFile | Webcam,
     *,
-    queries: Sequence[int],
-    layer: int = -1,
-) -> None:
-    """A picture file of prior and co-attention of chosen queries in one image, per head and scale.
+    boxes: Path,
+    records: Path,
+    threshold: float = 0.5,
+    batch_size: int = 1,
+    progress: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> VideoResult:
+    """Objects in every frame of a video, drawn into a video of the same size and times, and as lines of JSON.
+
+    A line has frame (from 0), seconds (from the first frame on) and detections as `as_records`. Both files are there,
+    as a whole, when the video ends or is stopped; after an error neither is.
 
     Args:
-        model, queries, layer: as `attention_of`.
-        image: normalised, [3, height, width], on the model's device.
-        path: PNG file to write or replace.
+        model: as of `detect`.
+        video: opened.
+        boxes: MP4 file to write or replace.
+        records: file of JSON lines to write or replace.
+        threshold: least score.
+        batch_size: frames at once.
+        progress: show a bar.
+        stopped: asked before each batch; True ends the video there.
+
+    Raises:
+        OSError: with the file's name, when it can't be written.
     """
-    import matplotlib
-    import torch
-    from torchvision.ops import box_convert
+    from tqdm import tqdm
 
-    from smca_kernels.pictures import EXPLANATION, POINT_COLOR, QueryAttention, displayable, draw_heads
+    from .video import writing_video
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import Rectangle
-
-    height, width = image.shape[1:]
-    maps, prior = attention_of(model, image, queries=queries, layer=layer)
-    with torch.no_grad():
-        outputs = model([image])
-    boxes = box_convert(outputs["pred_boxes"][0], "cxcywh", "xyxy").cpu() * torch.tensor([width, height] * 2)
-    scores, labels = outputs["pred_logits"][0].sigmoid().cpu().max(-1)
-    photograph, strides, heads = displayable(image), model.config.strides, len(maps[0])
-    frame = (-0.5, width - 0.5, -0.5, height - 0.5)
-    row = max(2.6, 1.9 * len(strides))
-    figure = pyplot.figure(figsize=(3.4 + 2.1 * heads, row * len(queries) + 1.0), dpi=100, layout="constrained")
-    figure.suptitle(f"SMCA co-attention of decoder layer {range(len(model.decoder.layers))[layer] + 1}", weight="bold")
-    figure.supxlabel("\n" + EXPLANATION.replace(". ", ".\n"), fontsize=9, color="#333333")
-    blocks = figure.subfigures(len(queries), 1, squeeze=False)[:, 0]
-    for n, (block, query) in enumerate(zip(blocks, queries, strict=True)):
-        grid = block.add_gridspec(len(strides), heads + 1, width_ratios=[1.5] + [1.0] * heads)
-        left = block.add_subplot(grid[:, 0])
-        left.imshow(photograph)
-        x1, y1, x2, y2 = boxes[query].tolist()
-        left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=POINT_COLOR, linewidth=2))
-        point = (prior.reference_logits[0, query].sigmoid().cpu() * torch.tensor([width, height])).tolist()
-        left.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
-        left.set(xlim=frame[:2], ylim=frame[:1:-1], xticks=[], yticks=[])
-        font, (name,) = _legible([model.classes[labels[query]]], [int(labels[query])])
-        title = f"query {query}: {name} {scores[query]:.2f}"
-        left.set_title(title, font=FontProperties(fname=font, size=11), parse_math=False)
-        attention = QueryAttention.of([scale[:, n] for scale in maps], prior, 0, query, strides)
-        draw_heads(block, grid, photograph, attention, (point[0], point[1]), frame)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    pyplot.close(figure)
+    for path in (boxes, records):
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long is told now rather than at the end
+    result = VideoResult()
+    intervals: set[int] = set()
+    last = 0
+    with (
+        replacing(records) as temporary,
+        temporary.open("w", encoding="utf-8") as lines,
+        writing_video(boxes, video) as write,
+        tqdm(total=video.frames, desc=video.name, unit="frame", disable=not progress) as bar,
+    ):
+        for batch in _batches(video, batch_size):
+            began = time.perf_counter()
+            results = detect(model, [frame.image for frame in batch], threshold=threshold)
+            seconds = time.perf_counter() - began
+            if result.frames == result.timed_frames == batch_size:
+                result.seconds, result.timed_frames = 0.0, 0  # the first batch warms up
+            result.seconds, result.timed_frames = result.seconds + seconds, result.timed_frames + len(batch)
+            for frame, found in zip(batch, results, strict=True):
+                write(draw_boxes(frame.image, found, model.classes, enlarge=False), frame.ticks)
+                when = {"frame": result.frames, "seconds": round(float(frame.ticks * video.time_base), 6)}
+                lines.write(json.dumps({**when, "detections": as_records(found, model.classes)}) + "\n")
+                if result.frames:
+                    intervals.add(frame.ticks - last)
+                last = frame.ticks
+                result.frames += 1
+                result.objects += len(found["scores"])
+            bar.update(len(batch))
+            if stopped():
+                break
+    if intervals:
+        shortest, longest = min(intervals), max(intervals)
+        result.intervals = float(shortest * video.time_base), float(longest * video.time_base)
+        result.rate_varies = longest - shortest > 2  # each time is rounded to a tick
+    return result
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -259,11 +206,12 @@ def draw_attention(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca detect`."""
     parser.description = (
-        "Find objects in images: detections.json, and for each image NAME_boxes.png and, with --attention, "
-        "NAME_attention.png."
+        "Find objects in images and videos: detections.json, for each image NAME_boxes.png and, with --attention, "
+        "NAME_attention.png, for each video NAME_boxes.mp4 and, a line a frame, NAME_detections.jsonl."
     )
     add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    add("images", nargs="*", type=Path, metavar="FILE", help="images, folders of images, videos")
+    add("--webcam", type=int, metavar="N", help="a webcam's pictures, from 0, until Ctrl-C")
     add_model_arguments(parser)
     add("--runtime", choices=("torch", "onnx"), default="torch", help="onnx: --weights is what `smca export` wrote")
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="default: %(default)s")
@@ -274,18 +222,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`smca detect`: exit status 0, or 1 with a list of what it left out: images that can't be read, too long names.
+    """`smca detect`: exit status 0, or 1 with a list of what it left out: files that can't be read, too long names.
+
+    A video that SIGINT or SIGTERM ended is written as far as it was, with the status 128 + the signal's number.
 
     Raises:
-        ValueError: when it can't start, and when no image can be read.
+        ValueError: when it can't start, and when nothing can be read.
         OSError: with the file's name, when nothing more can be written.
     """
     check_packages(("matplotlib", "safetensors", "torchvision", "tqdm"), "model,demo")
-    files = _files(args.images)
-    from tqdm import tqdm
-
-    from .data.images import load_image
-
+    if not args.images and args.webcam is None:
+        raise ValueError("give images, folders, videos, or --webcam N")
+    images, videos = _files(args.images)
+    written = {(args.out / f"{file.stem}{ending}").resolve() for file in (*images, *videos) for ending in ENDINGS}
+    for file in (*images, *videos):
+        if file.resolve() in written:
+            raise ValueError(f"--out must be another folder, or {file} would be replaced by what is found")
+    if videos or args.webcam is not None:
+        check_packages(("av", *(("cv2",) if args.webcam is not None else ())), "video")
+        if args.attention:
+            raise ValueError(f"--attention must go with images alone, got {videos[0] if videos else '--webcam'}")
+        if args.webcam is not None and args.webcam < 0:
+            raise ValueError(f"--webcam must be at least 0, got {args.webcam}")
     model: SMCA | OnnxDetector
     shown: SMCA | None = None  # whose attention is drawn
     if args.runtime == "onnx":
@@ -298,49 +256,127 @@ def run(args: argparse.Namespace) -> int:
         if not all(0 <= query < queries for query in args.queries or ()):
             raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
         shown = model if args.attention else None
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
-    report: list[dict[str, Any]] = []
-    counted: list[tuple[int, float]] = []
-    left_out: list[str] = []
-    for batch in tqdm(list(_batches(files, args.batch_size)), desc="detection", unit="batch"):
-        images: dict[Path, Tensor] = {}
-        for file in batch:
-            with _noting(left_out):
-                images[file] = load_image(file)
-        if not images:
-            continue
-        began = time.perf_counter()
-        results = detect(model, list(images.values()), threshold=args.threshold)
-        counted.append((len(images), time.perf_counter() - began))
-        for (file, image), found in zip(images.items(), results, strict=True):
-            height, width = image.shape[1:]
-            records = as_records(found, model.classes)
-            report.append({"image": str(file), "width": width, "height": height, "detections": records})
-            with _noting(left_out):
-                write_picture(draw_boxes(image, found, model.classes), args.out / f"{file.stem}_boxes.png")
-            if shown is not None:
-                (resized,) = _inputs(shown, [image])
-                chosen = args.queries or best_queries(shown, resized, 3)
-                path = args.out / f"{file.stem}_attention.png"
-                with _noting(left_out):
-                    draw_attention(shown, resized, path, queries=chosen, layer=args.layer)
-    if not report:
+    make_folder("--out", args.out)
+    work = _Work(args, model, shown)
+    work.do_images(images)
+    work.do_videos(videos)
+    left_out = [told for file in (*images, *videos, Path("webcam")) for told in work.left_out.get(file, ())]
+    if not work.entries:
         raise ValueError("\n".join(left_out))
+    report = [work.entries[file] for file in (*images, *videos, Path("webcam")) if file in work.entries]
     write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
-    counted = counted[1:] or counted  # the first batch warms up
-    speed = sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
-    objects = sum(len(each["detections"]) for each in report)
+    counts = [f"{number} {what}" for what, number in work.counts.items() if number]
     print(
-        f"{objects} objects of score {args.threshold:g} or more in {len(report)} images, in {args.out}; "
-        f"{speed:.1f} images per second on {device}, reading and drawing aside"
+        f"{work.objects} objects of score {args.threshold:g} or more in {' and '.join(counts)}, in {args.out}; "
+        f"{work.speed():.1f} images per second on {device}, reading and drawing aside"
     )
     if left_out:
         print("\n".join([f"smca detect: {len(left_out)} left out:", *left_out]), file=sys.stderr)
-        return 1
-    return 0
+    return 128 + work.stop.number if work.stop.number else bool(left_out)
+
+
+class _Work:
+    """What `smca detect` does, and what it has found so far."""
+
+    def __init__(self, args: argparse.Namespace, model: SMCA | OnnxDetector, shown: SMCA | None) -> None:
+        self.args, self.model, self.shown = args, model, shown
+        self.entries: dict[Path, dict[str, Any]] = {}
+        self.left_out: dict[Path, list[str]] = defaultdict(list)
+        self.counts = {"images": 0, "frames": 0}
+        self.objects = 0
+        self.timings: list[tuple[int, float]] = []
+        self.stop = StopSignals()
+
+    def speed(self) -> float:
+        counted = self.timings[1:] or self.timings  # the first batch warms up
+        return sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
+
+    def do_images(self, files: Sequence[Path]) -> None:
+        """Write entries and pictures of images; those of like sizes are in a batch, whatever their order."""
+        from tqdm import tqdm
+
+        from .data.images import load_image, resized_size
+
+        groups: dict[tuple[int, int] | None, list[Path]] = defaultdict(list)
+        for file in files:
+            size = _size_of(file)
+            groups[size and resized_size(size, *self.model.image_size)].append(file)
+        batches = [batch for group in groups.values() for batch in _batches(group, self.args.batch_size)]
+        for batch in tqdm(batches, desc="detection", unit="batch", disable=not files):
+            images: dict[Path, Tensor] = {}
+            for file in batch:
+                with _noting(self.left_out[file]):
+                    images[file] = load_image(file)
+            if not images:
+                continue
+            began = time.perf_counter()
+            results = detect(self.model, list(images.values()), threshold=self.args.threshold)
+            self.timings.append((len(images), time.perf_counter() - began))
+            for (file, image), found in zip(images.items(), results, strict=True):
+                self._write_image(file, image, found)
+
+    def _write_image(self, file: Path, image: Tensor, found: dict[str, Tensor]) -> None:
+        args, (height, width) = self.args, image.shape[1:]
+        records = as_records(found, self.model.classes)
+        self.entries[file] = {"image": str(file), "width": width, "height": height, "detections": records}
+        self.counts["images"] += 1
+        self.objects += len(records)
+        with _noting(self.left_out[file]):
+            write_picture(draw_boxes(image, found, self.model.classes), args.out / f"{file.stem}_boxes.png")
+        if self.shown is not None:
+            (resized,) = _inputs(self.shown, [image])
+            chosen = args.queries or best_queries(self.shown, resized, 3)
+            with _noting(self.left_out[file]):
+                path = args.out / f"{file.stem}_attention.png"
+                draw_attention(self.shown, resized, path, queries=chosen, layer=args.layer)
+
+    def do_videos(self, files: Sequence[Path]) -> None:
+        """Write entries, videos with boxes and lines of JSON of videos, then of the webcam, unless stopped before."""
+        if not files and self.args.webcam is None:
+            return
+        from .video import VideoFile, Webcam
+
+        with self.stop:
+            for file in files:
+                if not self.stop.number:
+                    with _noting(self.left_out[file]), VideoFile(file) as video:
+                        self._write_video(file, file.stem, video, self.args.batch_size)
+            if self.args.webcam is not None and not self.stop.number:
+                number = self.args.webcam
+                with _noting(self.left_out[Path("webcam")]), Webcam(number) as webcam:
+                    # One by one, so that none waits for others to come.
+                    self._write_video(Path("webcam"), f"webcam_{number}", webcam, 1)
+
+    def _write_video(self, file: Path, name: str, video: VideoFile | Webcam, batch_size: int) -> None:
+        args = self.args
+        records = args.out / f"{name}_detections.jsonl"
+        result = detect_video(
+            self.model,
+            video,
+            boxes=args.out / f"{name}_boxes.mp4",
+            records=records,
+            threshold=args.threshold,
+            batch_size=batch_size,
+            progress=True,
+            stopped=lambda: bool(self.stop.number),
+        )
+        self.entries[file] = {
+            "video": video.name,
+            "width": video.width,
+            "height": video.height,
+            "frames": result.frames,
+            "fps": None if video.rate is None else round(float(video.rate), 3),
+            "rate_varies": result.rate_varies,
+            "detections": records.name,
+        }
+        self.counts["frames"] += result.frames
+        self.objects += result.objects
+        self.timings.append((result.timed_frames, result.seconds))
+        if result.rate_varies:
+            shortest, longest = (f"{1000 * seconds:.0f}" for seconds in result.intervals)
+            logger.warning("%s: frames are %s to %s ms apart, and so they are written", video.name, shortest, longest)
+        if video.damaged:
+            self.left_out[file].append(f"video {video.name} has {video.damaged} parts that can't be decoded")
 
 
 def _load_onnx(args: argparse.Namespace) -> tuple[OnnxDetector, torch.device]:
@@ -381,9 +417,10 @@ def as_records(found: dict[str, Tensor], classes: Sequence[str]) -> list[dict[st
     ]
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """The image files that paths name, folders replaced by the images in them."""
-    files: list[Path] = []
+def _files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The images and videos that paths name, folders replaced by the images in them."""
+    images: list[Path] = []
+    videos: list[Path] = []
     for path in paths:
         if path.is_dir():
             # Hidden files are no images: a Mac leaves ._NAME.jpg beside NAME.jpg.
@@ -393,21 +430,42 @@ def _files(paths: Sequence[Path]) -> list[Path]:
                 if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and not file.is_dir()
             )
             if not inside:
-                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-                raise ValueError(f"a folder must have images in it ({suffixes}), {path} has none")
-            files += inside
+                raise ValueError(
+                    f"a folder must have images in it ({', '.join(sorted(IMAGE_SUFFIXES))}), {path} has none"
+                )
+            images += inside
         elif path.is_file():
-            files.append(path)
+            (images if path.suffix.lower() in IMAGE_SUFFIXES or _size_of(path) else videos).append(path)
+        elif URL.match(str(path)):
+            raise ValueError(f"images and videos must be files, no addresses; download it first, got {path}")
         else:
-            raise ValueError(f"images must be files or folders, there is no {path}")
+            hint = f"; a webcam is --webcam {path}" if str(path).isdecimal() else ""
+            raise ValueError(f"images must be files or folders, there is no {path}{hint}")
     names: dict[str, Path] = {}
-    for file in files:
+    for file in (*images, *videos):
         if file.stem in names:
             raise ValueError(f"images must differ in name without suffix, got {names[file.stem]} and {file}")
         names[file.stem] = file
-    return files
+    return images, videos
 
 
-def _batches(files: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    for start in range(0, len(files), size):
-        yield files[start : start + size]
+def _size_of(path: Path) -> tuple[int, int] | None:
+    """Height and width of an image file, upright; None of a file that isn't one."""
+    from .data.images import DataError, read_header
+
+    try:
+        header = read_header(path)
+    except DataError:
+        return None
+    return header.height, header.width
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,17 +1,18 @@
-"""COCO's average precision of a detector, by pycocotools: `smca eval`."""
+"""COCO's average precision of a detector, class by class as well, its curves and confusions: `smca eval`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device
+from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, make_folder
+
+from .coco_results import Detection, confusion_matrix, measure
+from .result_pictures import FILES, format_classes, write_results
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from .data.coco import CocoDetection
     from .detector import SMCA
 
-# pycocotools' twelve numbers, in its order.
-NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-Detection = dict[str, Any]
+MAX_CLASSES_SHOWN = 20  # on the screen; --out writes them all
+CONFUSION_IOU = 0.5
 
 
 def evaluate(
@@ -117,32 +116,23 @@ def detect_all(
 
 
 def average_precision(coco: COCO, detections: list[Detection]) -> tuple[dict[str, float], str]:
-    """pycocotools' twelve numbers by name, and its own table of them.
+    """COCO's twelve numbers by name, and pycocotools' table of them; `measure` gives more.
 
     Args:
         coco: the ground truth.
         detections: in COCO's results format.
     """
-    from pycocotools.cocoeval import COCOeval
-
-    from .data.annotations import make_coco
-
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        # loadRes writes into what it gets, and refuses an empty list, though finding nothing is a result.
-        copies = [dict(detection) for detection in detections]
-        results = coco.loadRes(copies) if copies else make_coco({**coco.dataset, "annotations": []})
-        evaluation = COCOeval(coco, results, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        printed.truncate(0)
-        printed.seek(0)
-        evaluation.summarize()
-    return dict(zip(NAMES, map(float, evaluation.stats), strict=True)), printed.getvalue().rstrip()
+    results = measure(coco, detections)
+    return results.numbers, results.table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `smca eval`."""
-    parser.description = "COCO's twelve numbers (by pycocotools) and the speed of a detector on validation data."
+    parser.description = (
+        "COCO's twelve numbers and the speed of a detector on validation data; with --out, AP class by class, "
+        "precision-recall curves and a confusion matrix, as JSON and as pictures. By faster-coco-eval where it is "
+        "installed, else by pycocotools, with the same numbers."
+    )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="data folder, as of smca train; its split val is taken")
     add_model_arguments(parser)
@@ -151,6 +141,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--upright",
         action="store_true",
         help="boxes are of upright images where size and EXIF don't say; as in training",
+    )
+    add("--out", type=Path, metavar="DIR", help="write AP class by class, curves and a confusion matrix there")
+    add(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="least score of detections in the confusion matrix; default: %(default)s",
     )
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--detections", type=Path, metavar="FILE", help="write the detections there, in COCO's results format")
@@ -210,6 +208,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: when it can't start.
     """
     check_packages(("pycocotools", "safetensors", "torchvision", "tqdm"), "model")
+    if args.out is not None:
+        check_packages(("matplotlib",), "model")
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be a score in 0 … 1, got {args.threshold:g}")
     check_output_file("--json", args.json)
     check_output_file("--detections", args.detections)
     if args.workers < 0:
@@ -228,16 +230,25 @@ def run(args: argparse.Namespace) -> int:
         upright=args.upright,
         progress=True,
     )
+    if args.out is not None:
+        make_folder("--out", args.out)
     detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
-    numbers, table = average_precision(dataset.coco, detections)
-    print(table)
+    results = measure(dataset.coco, detections)
+    print(results.table)
+    if len(results.classes) <= MAX_CLASSES_SHOWN:
+        print(format_classes(results))
     print(
-        f"{len(dataset)} images of short side {size} pixels: {speed:.1f} images per second on {device}, loading aside"
+        f"{len(dataset)} images of short side {size} pixels: {speed:.1f} images per second on {device}, loading aside; "
+        f"AP by {results.library}"
     )
+    if args.out is not None:
+        matrix = confusion_matrix(dataset.coco, detections, score=args.threshold, iou=CONFUSION_IOU)
+        write_results(args.out, results, matrix, score=args.threshold, iou=CONFUSION_IOU)
+        print(f"{', '.join(FILES)} in {args.out}")
     if args.detections is not None:
         write_text(args.detections, json.dumps(detections))
     if args.json is not None:
         facts = {"weights": str(args.weights), "data": str(args.data), "images": len(dataset), "device": str(device)}
-        facts |= {"size": size, "max_size": max_size, "batch_size": args.batch_size}
-        write_text(args.json, json.dumps({**facts, **numbers, "images_per_second": speed}, indent=2) + "\n")
+        facts |= {"size": size, "max_size": max_size, "batch_size": args.batch_size, "ap_by": results.library}
+        write_text(args.json, json.dumps({**facts, **results.numbers, "images_per_second": speed}, indent=2) + "\n")
     return 0

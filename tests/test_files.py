@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -60,3 +61,11 @@ def test_every_name_that_fits_its_folder_can_be_written(tmp_path: Path, name: st
         # The shortest names leave too little for one that nobody has.
         assert len(os.fsencode(temporary.name)) <= max(8, len(os.fsencode(name)))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_error_keeps_the_name_of_the_innermost_file(tmp_path: Path) -> None:
+    outer, inner = replacing(tmp_path / "outer"), replacing(tmp_path / "inner")
+    with pytest.raises(OSError, match="No space left") as raised, outer, inner:
+        raise OSError(errno.ENOSPC, "No space left")
+    assert raised.value.filename == str(tmp_path / "inner")
+    assert not list(tmp_path.iterdir())

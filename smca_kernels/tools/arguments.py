@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 def check_output_file(option: str, path: Path | None) -> None:
@@ -21,6 +27,18 @@ def check_output_file(option: str, path: Path | None) -> None:
     """
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ValueError(f"{option} must name a file in an existing folder, got {path}")
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Make an option's folder, with those above it, unless it is there.
+
+    Raises:
+        ValueError: naming the option and the path, when it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} must be a folder that can be written, got {path} ({error})") from None
 
 
 def check_packages(modules: Iterable[str], extra: str) -> None:

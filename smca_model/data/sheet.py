@@ -34,7 +34,7 @@ def draw_samples(splits: Sequence[Split], path: Path, *, upright: bool = False) 
     from matplotlib.figure import Figure
     from torchvision.ops import box_convert
 
-    from ..detect import draw_boxes
+    from ..pictures import draw_boxes
     from .images import load_annotated_image, resize
 
     chosen = choose(splits)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from smca_kernels.tools.arguments import check_packages
+from smca_kernels.tools.arguments import check_packages, make_folder
 
 from . import ablation_variants, ablations, learning, photographs
 
@@ -58,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--compare can't be given with --ablations, which compare with detr-tiny anyway")
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {args.seed}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out must be a folder that can be written, got {args.out} ({error})") from None
+    make_folder("--out", args.out)
     if args.ablations:
         try:
             ablations.run_ablations(args.out / "ablations", seed=args.seed)

@@ -148,7 +148,8 @@ def draw_results(folder: Path, data: Path) -> None:
     from .. import weights
     from ..data.images import load_image, normalize
     from ..data.layouts import find_split
-    from ..detect import best_queries, detect, draw_attention, draw_boxes, write_picture
+    from ..detect import detect
+    from ..pictures import best_queries, draw_attention, draw_boxes, write_picture
 
     model = weights.load(folder / "smca-tiny" / "model.safetensors")
     files = sorted(find_split(data, "val")[0].iterdir())[:SHOWN]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 MIN_SECONDS_BETWEEN_REQUESTS = 1.0  # a scheduler and torchrun may each pass on the same one
 
@@ -60,4 +62,4 @@ class StopSignals:
             raise Stopped(number)
         if not self.number:
             self.number, self._first = number, time.monotonic()
-            print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+            logger.warning("%s: stopping after this step", signal.Signals(number).name)

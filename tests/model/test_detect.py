@@ -1,10 +1,12 @@
-"""`smca detect`: boxes in pixels of the files, pictures of them, and the attention that the model really used."""
+"""`smca detect`: boxes in pixels of the files, and what the command writes and refuses."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,6 @@ from tiny_detector import without_parameters
 
 from smca_kernels.tools import cli
 from smca_model import SMCA, build, detect, weights
-from smca_model.data.images import normalize
 
 CLASSES = ("one", "two", "three")
 TINY = {"hidden_dim": 32, "num_heads": 2, "decoder_layers": 2, "num_queries": 6, "ffn_dim": 64}
@@ -77,131 +78,12 @@ def test_nothing_below_the_threshold_is_found() -> None:
     assert (found["scores"] >= middle).all()
 
 
-@pytest.mark.parametrize("preset", ["smca-tiny", "smca-ms-tiny", "detr-tiny"])
-def test_the_attention_is_that_of_the_layer(preset: str) -> None:
-    """Values weighted by the map and projected are what the layer puts out."""
-    model = build(preset, len(CLASSES), backend="reference", **TINY).eval()
-    layer = model.decoder.layers[1].co_attn
-    kept = {}
-    layer.register_forward_hook(lambda _, inputs, output: kept.update(value=inputs[2], output=output[0]))
-    image = torch.randn(3, 48, 64)
-    maps, prior = detect.attention_of(model, image, queries=[4, 0], layer=1)
-    scales = len(model.config.strides)
-    assert [tuple(each.shape[:2]) for each in maps] == [(2, 2)] * scales
-    for each in maps:
-        torch.testing.assert_close(each.sum((-1, -2)), torch.ones(2, 2))
-    value = torch.nn.functional.linear(kept["value"], layer.in_proj_weight[64:], layer.in_proj_bias[64:])
-    value = value[0].unflatten(-1, (2, 16))  # [T, H, D]
-    weight = prior.scale_weights if prior.scale_weights is not None else torch.ones(1, 1, 6, scales)
-    heads = torch.zeros(2, 2, 16)
-    start = 0
-    for s, each in enumerate(maps):
-        cells = each.flatten(2)  # [H, n, cells]
-        part = torch.einsum("hnt,thd->nhd", cells, value[start : start + cells.shape[-1]])
-        heads += weight[0, 0, [4, 0], s, None, None] * part
-        start += cells.shape[-1]
-    torch.testing.assert_close(layer.out_proj(heads.flatten(1)), kept["output"][0, [4, 0]])
-
-
-def test_a_layer_that_is_not_there_is_refused() -> None:
-    model = small_detector()
-    with pytest.raises(ValueError, match="layer must be in -2 … 1, got 2"):
-        detect.attention_of(model, torch.randn(3, 48, 48), queries=[0], layer=2)
-
-
-def test_the_best_queries_are_those_of_the_best_detections() -> None:
-    model = small_detector()
-    image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
-    best = detect.best_queries(model, normalize(image), 2)
-    (found,) = detect.detect(model, [image], threshold=0.0)
-    with torch.no_grad():
-        box = model([normalize(image)])["pred_boxes"][0, best[0]] * 48
-    torch.testing.assert_close(found["boxes"][0], torch.cat((box[:2] - box[2:] / 2, box[:2] + box[2:] / 2)))
-    assert best[0] != best[1]
-
-
-def test_boxes_are_drawn_where_they_are() -> None:
-    image = torch.zeros(3, 40, 50, dtype=torch.uint8)
-    found = {"boxes": torch.tensor([[10.0, 20.0, 30.0, 35.0]]), "labels": torch.tensor([1])}
-    drawn = detect.draw_boxes(image, found | {"scores": torch.tensor([0.9])}, CLASSES)
-    assert drawn.shape == (3, 640, 800)
-    rows, columns = drawn.any(0).nonzero().unbind(1)
-    assert columns.min() == pytest.approx(160, abs=3)
-    assert rows.max() == pytest.approx(560, abs=3)
-    nothing = {name: tensor[:0] for name, tensor in found.items()} | {"scores": torch.zeros(0)}
-    assert not detect.draw_boxes(image, nothing, CLASSES).any()
-
-
-@pytest.mark.parametrize(
-    ("sides", "expected"),
-    [((1, 1000), (4, 4000)), ((5000, 2), (5000, 2)), ((3, 1), (1920, 640)), ((9, 700), (45, 3500))],
-)
-def test_pictures_of_long_thin_images_are_enlarged_up_to_a_long_side(
-    sides: tuple[int, int], expected: tuple[int, int]
-) -> None:
-    image = torch.zeros(3, *sides, dtype=torch.uint8)
-    box = torch.tensor([[0.0, 0.0, float(sides[1]), float(sides[0])]])
-    found = {"boxes": box, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
-    drawn = detect.draw_boxes(image, found, CLASSES)
-    assert drawn.shape == (3, *expected)
-    assert drawn.any()
-
-
 @pytest.mark.parametrize("sides", [(1, 900), (900, 1), (1, 1)])
 def test_objects_are_found_in_images_one_pixel_wide(sides: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *sides), dtype=torch.uint8)
     (found,) = detect.detect(small_detector(), [image], threshold=0.0)
     assert len(found["boxes"]) == 18
     assert torch.isfinite(found["boxes"]).all()
-
-
-def drawn_names(monkeypatch: pytest.MonkeyPatch, classes: tuple[str, ...]) -> tuple[list[str], str]:
-    import torchvision.utils
-
-    kept: list[tuple[list[str], str]] = []
-    real = torchvision.utils.draw_bounding_boxes
-    monkeypatch.setattr(
-        torchvision.utils,
-        "draw_bounding_boxes",
-        lambda image, boxes, names, **options: (
-            kept.append((names, options["font"])) or real(image, boxes, names, **options)
-        ),
-    )
-    count = len(classes)
-    found = {"boxes": torch.tensor([[1.0, 1.0, 20.0, 20.0]] * count), "labels": torch.arange(count)}
-    detect.draw_boxes(torch.zeros(3, 40, 50, dtype=torch.uint8), found | {"scores": torch.full((count,), 0.9)}, classes)
-    return kept[0]
-
-
-def test_names_that_no_font_can_show_are_drawn_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    names, font = drawn_names(monkeypatch, ("cat", "\U0010fffd", "Bär", "dog \U0010fffe", "Ελλάδα"))
-    assert names == ["cat 0.90", "class 1 0.90", "Bär 0.90", "class 3 0.90", "Ελλάδα 0.90"]
-    assert Path(font).name == "DejaVuSans.ttf"
-
-
-def test_names_are_drawn_in_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.font_manager import fontManager
-
-    sign = "\U0001d44e"  # an italic a of mathematics
-    usual = detect._find_font(frozenset("a"))
-    fonts = [each.fname for each in fontManager.ttflist if "Last Resort" not in each.name and each.fname != usual]
-    able = [font for font in fonts if sign in detect._characters(font)]
-    monkeypatch.setattr(detect, "_characters", lambda font: frozenset(f"cat{sign}" if font == able[0] else "cat"))
-    detect._find_font.cache_clear()
-    try:
-        assert drawn_names(monkeypatch, ("cat", sign)) == (["cat 0.90", f"{sign} 0.90"], able[0])
-        assert drawn_names(monkeypatch, ("cat",)) == (["cat 0.90"], usual)
-    finally:
-        detect._find_font.cache_clear()
-
-
-@pytest.mark.filterwarnings("error:Glyph:UserWarning")
-@pytest.mark.parametrize("name", ["\U0010fffd", r"$\nothing$", "100 % $"])
-def test_attention_of_classes_of_any_name_is_drawn(tmp_path: Path, name: str) -> None:
-    model = small_detector()
-    model.classes = (name,) * len(CLASSES)
-    detect.draw_attention(model, torch.randn(3, 48, 64), tmp_path / "attention.png", queries=[0])
-    assert (tmp_path / "attention.png").stat().st_size > 1000
 
 
 def test_the_command_writes_boxes_pictures_and_the_speed(
@@ -328,3 +210,97 @@ def test_wrong_options_are_told_in_one_line(
         (folder / "text.png").write_text("no image")
     assert cli.main(["detect", *options, "--weights", str(weights_file)]) == 2
     assert f"smca detect: error: {message}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ batches and other libraries
+
+
+def test_what_is_found_in_an_image_depends_on_no_other_in_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_detector()
+    sides = [(40, 60), (48, 40), (80, 120), (40, 60), (96, 48)]
+    images = [torch.randint(0, 256, (3, *each), dtype=torch.uint8) for each in sides]
+    alone = [detect.detect(model, [image], threshold=0.0)[0] for image in images]
+    seen = []
+    real = SMCA.forward
+    monkeypatch.setattr(
+        SMCA, "forward", lambda self, batch: seen.append([tuple(each.shape[1:]) for each in batch]) or real(self, batch)
+    )
+    together = detect.detect(model, images, threshold=0.0)
+    assert seen == [[(48, 72)] * 3, [(57, 48)], [(96, 48)]]
+    for one, other in zip(alone, together, strict=True):
+        # Sums of more rows may be in another order; boxes of scores so close to each other could change places.
+        torch.testing.assert_close(one["scores"], other["scores"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one["boxes"].sum(0), other["boxes"].sum(0), atol=1e-2, rtol=0)
+
+
+def test_images_of_one_size_are_a_batch_and_reported_in_the_order_given(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "b", "c", "d", "e"]
+    files = [write_image(tmp_path / f"{name}.png", *((60, 40), (40, 60))[i % 2]) for i, name in enumerate(names)]
+    seen = []
+    real = SMCA.forward
+    monkeypatch.setattr(
+        SMCA, "forward", lambda self, batch: seen.append([tuple(each.shape[1:]) for each in batch]) or real(self, batch)
+    )
+    command = ["detect", *map(str, files), "--weights", str(weights_file), "--out", str(tmp_path / "found")]
+    assert cli.main([*command, "--batch-size", "2"]) == 0
+    assert seen == [[(48, 72)] * 2, [(48, 72)], [(72, 48)] * 2]
+    report = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert [each["image"] for each in report] == list(map(str, files))
+
+
+def some_found() -> dict[str, torch.Tensor]:
+    boxes = torch.tensor([[10.0, 20.0, 30.0, 35.0], [1.0, 2.0, 40.0, 30.0]])
+    return {"boxes": boxes, "labels": torch.tensor([2, 0]), "scores": torch.tensor([0.9, 0.6])}
+
+
+def test_detections_are_supervisions(tmp_path: Path) -> None:
+    supervision = pytest.importorskip("supervision")
+    detections = detect.to_supervision(some_found(), CLASSES)
+    assert detections.xyxy.tolist() == some_found()["boxes"].tolist()
+    assert detections.confidence.tolist() == pytest.approx([0.9, 0.6])
+    assert detections.class_id.tolist() == [2, 0]
+    assert detections.data["class_name"].tolist() == detections["class_name"].tolist() == ["three", "one"]
+    drawn = supervision.BoxAnnotator(thickness=1).annotate(np.zeros((40, 50, 3), np.uint8), detections[:1])
+    rows, columns = drawn.any(-1).nonzero()
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == pytest.approx((10, 20, 30, 35), abs=1)
+
+
+def test_supervision_exports_detections_in_cocos_format(tmp_path: Path) -> None:
+    supervision = pytest.importorskip("supervision")
+    picture = write_image(tmp_path / "a.png")
+    detections = detect.to_supervision(some_found(), CLASSES)
+    dataset = supervision.DetectionDataset(list(CLASSES), [str(picture)], {str(picture): detections})
+    dataset.as_coco(annotations_path=str(tmp_path / "coco.json"))
+    data = json.loads((tmp_path / "coco.json").read_text())
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    assert [names[each["category_id"]] for each in data["annotations"]] == ["three", "one"]
+    assert [each["bbox"] for each in data["annotations"]] == [[10, 20, 20, 15], [1, 2, 39, 28]]
+
+
+def test_no_detections_are_empty_ones_of_supervision() -> None:
+    pytest.importorskip("supervision")
+    nothing = {name: tensor[:0] for name, tensor in some_found().items()}
+    detections = detect.to_supervision(nothing, CLASSES)
+    assert len(detections) == 0
+    assert detections.xyxy.shape == (0, 4)
+    assert detections.data["class_name"].shape == (0,)
+
+
+def test_without_supervision_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "supervision" else real(name))
+    with pytest.raises(ValueError, match=r"needs supervision: pip install 'smca_kernels\[video\]'"):
+        detect.to_supervision(some_found(), CLASSES)
+
+
+def test_pictures_are_written_over_no_image(
+    weights_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [write_image(tmp_path / "a.png"), write_image(tmp_path / "a_boxes.png")]
+    before = files[1].read_bytes()
+    command = ["detect", *map(str, files), "--weights", str(weights_file), "--out", str(tmp_path)]
+    assert cli.main(command) == 2
+    assert f"--out must be another folder, or {files[1]} would be replaced" in capsys.readouterr().err
+    assert files[1].read_bytes() == before

@@ -21,6 +21,7 @@ pytest.importorskip("tqdm")
 from coco_folder import annotation, write_coco
 
 from smca_model import evaluate as module
+from smca_model.coco_results import NAMES, PYCOCOTOOLS
 from smca_model.data.coco import CocoDetection
 
 CPU = torch.device("cpu")
@@ -74,10 +75,10 @@ PERFECT = {
 
 def test_finding_everything_is_an_ap_of_1(tmp_path: Path) -> None:
     numbers = evaluated(open_dataset(tmp_path, OBJECTS), PERFECT)
-    assert tuple(numbers)[:12] == module.NAMES
+    assert tuple(numbers)[:12] == NAMES
     # No box is of 96² pixels or more.
-    expected = dict.fromkeys(module.NAMES, 1.0) | {"APl": -1.0, "ARl": -1.0}
-    assert {name: numbers[name] for name in module.NAMES} == pytest.approx(expected)
+    expected = dict.fromkeys(NAMES, 1.0) | {"APl": -1.0, "ARl": -1.0}
+    assert {name: numbers[name] for name in NAMES} == pytest.approx(expected)
     assert numbers["images_per_second"] > 0
 
 
@@ -142,7 +143,9 @@ def test_numbers_are_pycocotools_own_on_the_files(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path, objects)
     model = Prepared(dataset, random_found(objects))
     detections, _ = module.detect_all(model, dataset, batch_size=2, device=CPU, progress=False)
-    numbers, table = module.average_precision(dataset.coco, detections)
+    # By pycocotools, for the same bits; test_coco_results.py compares the other library with it.
+    results = module.measure(dataset.coco, detections, library=PYCOCOTOOLS)
+    numbers, table = results.numbers, results.table
 
     (tmp_path / "results.json").write_text(json.dumps(detections))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -229,14 +232,33 @@ def test_smca_eval_prints_the_twelve_numbers_and_writes_them(
     printed = capsys.readouterr().out
     assert printed.count("Average Precision") == printed.count("Average Recall") == 6
     assert "3 images of short side 32 pixels: " in printed
+    assert f"AP by {json.loads(numbers.read_text())['ap_by']}" in printed
+    assert [line.split()[0] for line in printed.splitlines()[12:15]] == ["class", "dog", "cat"]
     assert " images per second on cpu" in printed
     report = json.loads(numbers.read_text())
-    assert {*module.NAMES, "images_per_second", "images", "weights"} <= set(report)
+    assert {*NAMES, "images_per_second", "images", "weights"} <= set(report)
     assert (report["size"], report["max_size"]) == (32, 64)
     detections = json.loads(found.read_text())
     assert len(detections) == 3 * 5 * 2  # every query and class
     assert {detection["category_id"] for detection in detections} == {3, 7}
     assert all(set(detection) == {"image_id", "category_id", "bbox", "score"} for detection in detections)
+
+
+def test_smca_eval_writes_what_people_read_into_a_folder(tmp_path: Path, weights_file: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_coco(tmp_path / "set", OBJECTS, sizes=SIZES)
+    out, found = tmp_path / "new" / "results", tmp_path / "found.json"
+    common = ("--weights", weights_file, "--data", tmp_path / "set", "--workers", 0, "--device", "cpu")
+    assert run(*common, "--out", out, "--threshold", 0, "--detections", found) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(module.FILES)
+    classes = json.loads((out / "classes.json").read_text())
+    assert [(each["class"], each["boxes"]) for each in classes] == [("dog", 2), ("cat", 2)]
+    confusions = json.loads((out / "confusion_matrix.json").read_text())
+    assert (confusions["score"], confusions["iou"]) == (0.0, 0.5)
+    # Every detection is somewhere, and every box.
+    columns = torch.tensor(confusions["found_as"])
+    assert columns[:, :2].sum() == len(json.loads(found.read_text()))
+    assert columns[:2].sum(1).tolist() == [2, 2]
 
 
 def test_smca_eval_takes_another_size_where_it_is_given(tmp_path: Path, weights_file: Path) -> None:
@@ -263,6 +285,7 @@ def test_smca_eval_refuses_weights_of_other_classes(tmp_path: Path, weights_file
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--workers", "-1"), "--workers must be at least 0, got -1"),
         (("--device", "gpux"), "--device gpux can't be used: "),
+        (("--threshold", "50"), r"--threshold must be a score in 0 … 1, got 50"),
     ],
 )
 def test_smca_eval_refuses_wrong_options_before_any_work(option: tuple[str, str], message: str) -> None:

@@ -89,11 +89,11 @@ def test_an_interrupt_ends_it_with_its_status(pets: Path, monkeypatch: pytest.Mo
 def test_the_sheet_shows_images_boxes_and_names(
     pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from smca_model import detect
+    from smca_model import pictures
 
     drawn = []
-    real = detect.draw_boxes
-    monkeypatch.setattr(detect, "draw_boxes", lambda *args: drawn.append(args) or real(*args))
+    real = pictures.draw_boxes
+    monkeypatch.setattr(pictures, "draw_boxes", lambda *args: drawn.append(args) or real(*args))
     sheet = tmp_path / "sheet.png"
     assert cli.main(["data", "check", str(pets), "--out", str(sheet)]) == 0
     assert f"2 images with their boxes are drawn in {sheet}" in capsys.readouterr().out
@@ -126,11 +126,11 @@ def test_the_sheet_shows_each_class_and_no_image_that_can_not_be_read(tmp_path: 
 
 
 def test_boxes_far_beyond_an_image_are_drawn_to_its_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smca_model import detect
+    from smca_model import pictures
 
     drawn = []
-    real = detect.draw_boxes
-    monkeypatch.setattr(detect, "draw_boxes", lambda *args: drawn.append(args[1]["boxes"].tolist()) or real(*args))
+    real = pictures.draw_boxes
+    monkeypatch.setattr(pictures, "draw_boxes", lambda *args: drawn.append(args[1]["boxes"].tolist()) or real(*args))
     for split in ("train", "val"):
         write_coco(tmp_path, [annotation(1, 1, 3, [-1e300, 5, 2e300, 9])], split=split)
     assert draw_samples(check_data(tmp_path, progress=False).splits, tmp_path / "sheet.png") == 2
