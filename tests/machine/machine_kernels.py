@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
+from smca_kernels.testing.machine import launcher
 from smca_kernels.testing.machine.launcher import Session, on_machine, run_kernel
 from smca_kernels.testing.machine.memory import Faults
 
@@ -236,6 +238,18 @@ def run_known(name: str, arch: int) -> tuple[Faults, float, float]:
     torch.manual_seed(0)
     session, error, tolerance = case.run(arch, **case.options)
     return session.faults, error, tolerance
+
+
+def kernels_kept(limit: int) -> tuple[int, int]:
+    """How many programs and compiled kernels are kept after three known ones, with room for `limit`."""
+    with (
+        mock.patch.object(launcher, "MAX_KEPT", limit),
+        mock.patch.dict(launcher._programs, clear=True),
+        mock.patch.dict(launcher._compiled, clear=True),
+    ):
+        for case in KNOWN[:3]:
+            case.run(case.arch, **case.options)
+        return len(launcher._programs), len(launcher._compiled)
 
 
 # --- planted faults ---

@@ -52,6 +52,11 @@ def test_a_missing_barrier_is_noticed(name: str, compiled: Compiled) -> None:
     assert len(unnoticed) <= BARRIERS[name][3], unnoticed
 
 
+def test_kernels_are_forgotten_before_they_fill_the_memory(compiled: Compiled) -> None:
+    assert compiled(machine_kernels.kernels_kept, 9) == (3, 3)
+    assert compiled(machine_kernels.kernels_kept, 2) == (2, 2)
+
+
 def test_bytes_of_a_result_that_no_kernel_wrote_are_counted(compiled: Compiled) -> None:
     assert compiled(machine_kernels.bytes_left_unwritten) == 100 * 4
 

@@ -39,6 +39,7 @@ ORDERS: dict[str, Callable[[int, int], Array]] = {  # of a launch's CTAs: (count
 SCRATCH = 2  # pointers that Triton adds to the parameters
 SCALARS = {"i1": 32, "i8": 32, "i16": 32, "i32": 32, "u32": 32, "i64": 64, "u64": 64}  # Triton's type → bits
 
+MAX_KEPT = 64  # kernels; each takes tens of megabytes, and a hunt sees hundreds
 _programs: dict[str, Program] = {}  # by PTX
 _compiled: dict[tuple[Any, ...], tuple[dict[str, str], Any]] = {}  # signature and kernel
 
@@ -92,6 +93,7 @@ class Session:
         if self.edit is not None:
             text = self.edit(text)
         if text not in _programs:
+            _make_room(_programs)
             _programs[text] = Program(text)
         program = _programs[text]
         name, threads = program.kernel.name, 32 * compiled.metadata.num_warps
@@ -139,6 +141,12 @@ class Session:
         return int(value) & ((1 << SCALARS[type_]) - 1)
 
 
+def _make_room(kept: dict[Any, Any]) -> None:
+    """Forget the kernel that was kept first, where there are as many as may be."""
+    if len(kept) >= MAX_KEPT:
+        del kept[next(iter(kept))]
+
+
 def _bytes(storage: Any) -> Array:
     return torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
 
@@ -164,6 +172,7 @@ def _compile(
     bound, specialization, parsed = binder(*args, **options)
     key = function, arch, str(specialization), str(sorted(parsed.items(), key=str))
     if key not in _compiled:
+        _make_room(_compiled)
         parsed, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialization, parsed)
         source = ASTSource(function, signature, constexprs, attrs)
         with _without_assembler():

@@ -171,7 +171,7 @@ class Pending:
 SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}  # a descriptor's bits 62 and 63 → bytes
 
 
-@lru_cache(None)
+@lru_cache(1024)
 def operand_addresses(descriptor: int, rows: int, k: int, size: int, transposed: bool) -> Array:
     """Byte addresses [rows, k] of an operand in shared memory; `rows` is M or N, `size` the bytes of an element."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
