@@ -8,7 +8,7 @@ from pathlib import Path
 
 from smca_kernels.tools.arguments import check_packages
 
-from . import learning, photographs
+from . import learning, photographs, serve
 
 PACKAGES = (
     "matplotlib",
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--compare", action="store_true", help="train the same without spatial prior, for as long")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the detector's part; default: 0")
+    serve.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: when it can't start.
     """
+    serve.check_arguments(args)
+    if args.serve:
+        return serve.run(args)
     check_packages(PACKAGES, "model,demo")
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class Explored:
 
     def describe(self, i: int) -> str:
         """Class and score of a detection."""
-        return f"{self.classes[self.found['labels'][i]]} {self.found['scores'][i]:.2f}"
+        return f"{self.classes[int(self.found['labels'][i])]} {self.found['scores'][i]:.2f}"
 
     def position(self, index: Sequence[float]) -> tuple[float, float]:
         """The point (x, y) of the photograph, in its pixels, in the middle of a pixel (x, y) of `picture`."""
@@ -91,7 +91,8 @@ def picture_of_boxes(explored: Explored, threshold: float) -> NDArray[np.uint8]:
     from ..detect import draw_boxes
 
     (height, width), (rows, columns) = explored.size, explored.picture.shape[1:]
-    found = {name: tensor[: explored.count(threshold)] for name, tensor in explored.found.items()}
+    # The best one last, so that its name lies on top.
+    found = {name: tensor[: explored.count(threshold)].flip(0) for name, tensor in explored.found.items()}
     found["boxes"] = found["boxes"] * torch.tensor([columns / width, rows / height] * 2)
     drawn: NDArray[np.uint8] = draw_boxes(explored.picture, found, explored.classes).movedim(0, -1).numpy()
     return drawn
