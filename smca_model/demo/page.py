@@ -17,7 +17,11 @@ from .learning import SCORE
 TITLE = "Where an SMCA detector looks"
 LARGEST_FILE = "200mb"
 STATE_SECONDS = 3600  # how long a closed page's photograph is kept
-CSS = ".gradio-container {max-width: 1500px !important; margin: auto} #status {font-size: 1.1em; min-height: 1.6em}"
+CSS = """
+.gradio-container {max-width: 1500px !important; margin: auto}
+#status {font-size: 1.1em; min-height: 1.6em}
+#examples .grid-wrap, #attention img {margin-top: 2rem}  /* below the label, which would cover them */
+"""
 SYSTEM_FONT = ("system-ui", "sans-serif")
 
 
@@ -92,7 +96,7 @@ def build_page(model: SMCA, name: str, examples: Sequence[tuple[Path, str]]) -> 
                     [(str(file), caption) for file, caption in examples],
                     label="Or an example",
                     columns=3,
-                    height=270,
+                    height=300,
                     object_fit="cover",
                     allow_preview=False,
                     interactive=False,
@@ -111,9 +115,9 @@ def build_page(model: SMCA, name: str, examples: Sequence[tuple[Path, str]]) -> 
                     elem_id="status",
                 )
                 boxes = gr.Image(
-                    label="Boxes",
+                    show_label=False,  # like buttons it would lie on the photograph, and take clicks
                     interactive=False,
-                    buttons=["fullscreen", "download"],
+                    buttons=[],
                     height=620,
                     elem_id="boxes",
                     alt_text="The photograph with a box around each object, named with class and score",
@@ -130,7 +134,8 @@ def build_page(model: SMCA, name: str, examples: Sequence[tuple[Path, str]]) -> 
         quietly: dict[str, Any] = {"api_visibility": "private"}
         upload.upload(show_upload, [upload, score], [explored, *shown, gallery], **quietly)
         gallery.select(show_example, score, [explored, *shown, upload], **quietly)
-        score.release(show_boxes, [explored, score, box], shown, show_progress="hidden", **quietly)
+        moved: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        score.change(show_boxes, [explored, score, box], shown, **moved, **quietly)
         boxes.select(show_click, [explored, score], [box, status, attention], **quietly)
         box.input(show_attention, [explored, box], [status, attention], **quietly)
     return page
