@@ -1,4 +1,7 @@
-"""`smca demo`: the layer on two photographs (photographs.py), then a detector that learns digits (learning.py)."""
+"""`smca demo`: the layer on two photographs (photographs.py), then a detector that learns digits (learning.py).
+
+With --serve, a page instead (serve.py).
+"""
 
 from __future__ import annotations
 
