@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("matplotlib", "safetensors", "torchvision"):
-    pytest.importorskip(package)
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+pytest.importorskip("torchvision")
 
 from PIL import Image
 from tiny_detector import MULTI, SINGLE, tiny_detector
@@ -70,6 +72,19 @@ def test_the_attention_is_that_of_the_query_behind_the_box(preset: str, tmp_path
         maps, _ = explored.attention([query])
         expected, _ = attention_of(model, normalize(seen), queries=[query])
         torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+
+
+def test_the_picture_is_of_the_query_behind_the_box(tmp_path: Path) -> None:
+    explored = explore.explore(detector(), write_noise(tmp_path / "noise.png"))
+    asked: list[list[int]] = []
+
+    def attention(queries: list[int]) -> Any:
+        asked.append(queries)
+        return explored.attention(queries)
+
+    for i in (0, 5):
+        explore.picture_of_attention(replace(explored, attention=attention), i)
+    assert asked == [[int(explored.found["queries"][i])] for i in (0, 5)]
 
 
 def test_attention_stays_that_of_its_photograph_when_the_model_sees_another(tmp_path: Path) -> None:

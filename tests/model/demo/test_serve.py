@@ -19,8 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("gradio", "matplotlib", "safetensors", "skimage", "sklearn", "torchvision"):
-    pytest.importorskip(package)
+pytest.importorskip("gradio")
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
+pytest.importorskip("torchvision")
 
 from PIL import Image
 from tiny_detector import MULTI, tiny_detector
