@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def draw_heads(
             _draw_prior(axes, query.center[h, s].tolist(), query.sigma[h, s].tolist())
             axes.plot(*point, "*", color=POINT_COLOR, markersize=9, markeredgecolor="black", markeredgewidth=0.6)
             axes.set(xlim=frame[:2], ylim=frame[:1:-1], xticks=[], yticks=[])
+            axes.set_xlabel(_format_sigma(query.sigma[h, s].tolist()), fontsize=9)
             if s == 0:
                 axes.set_title(f"head {h + 1}", fontsize=12)
         rows, columns = maps.shape[1:]
@@ -98,6 +100,73 @@ def draw_heads(
         row[0].set_ylabel(f"stride {stride}\n{rows} × {columns} cells{weight}", fontsize=11)
         bar = block.colorbar(heat, ax=row, pad=0.01, aspect=12)
         bar.set_label("attention P", fontsize=10)
+
+
+def draw_sums(
+    block: Any,
+    grid: Any,
+    photograph: Any,
+    query: QueryAttention,
+    point: tuple[float, float],
+    frame: tuple[float, float, float, float],
+) -> None:
+    """The attention of all heads together, times the weight of its scale, in the last column of a grid.
+
+    Colours mean the same in every row, so that scales can be compared.
+
+    Args:
+        As `draw_heads`, for a grid of one more column.
+    """
+    weights = [1.0] * len(query.strides) if query.scale_weights is None else query.scale_weights.tolist()
+    sums = [weight * maps.sum(0) for weight, maps in zip(weights, query.attention, strict=True)]
+    largest = max(float(each.max()) for each in sums)
+    for s, (stride, each) in enumerate(zip(query.strides, sums, strict=True)):
+        axes = block.add_subplot(grid[s, -1])
+        heat = _draw_attention(axes, photograph, each, largest, stride)
+        axes.plot(*point, "*", color=POINT_COLOR, markersize=9, markeredgecolor="black", markeredgewidth=0.6)
+        axes.set(xlim=frame[:2], ylim=frame[:1:-1], xticks=[], yticks=[])
+        if s == 0:
+            axes.set_title("all heads", fontsize=12)
+        block.colorbar(heat, ax=axes, pad=0.03, aspect=12).set_label("weight · Σ P", fontsize=10)
+
+
+def draw_priors(axes: Any, photograph: Any, query: QueryAttention, scale: int, point: tuple[float, float]) -> None:
+    """The prior of one query at one scale over a photograph: an ellipse a head, lit where a head looks.
+
+    Args:
+        axes: matplotlib's.
+        photograph: [h, w, 3] in 0…1.
+        query: whose prior it is.
+        scale: index of the scale.
+        point: the query's reference point in pixels.
+    """
+    import matplotlib
+    import torch
+    from matplotlib.patches import Ellipse
+
+    height, width = photograph.shape[:2]
+    x, y = torch.arange(width), torch.arange(height)[:, None]
+    center, sigma = query.center[:, scale, :, None, None], query.sigma[:, scale, :, None, None]  # [H, 2, 1, 1]
+    distance = ((x - center[:, 0]) / sigma[:, 0]) ** 2 + ((y - center[:, 1]) / sigma[:, 1]) ** 2
+    light = (-distance / 2).exp().amax(0)  # of the head that looks there most
+    axes.imshow(photograph * (0.25 + 0.75 * light[..., None].numpy()))
+    for h, (middle, deviation) in enumerate(zip(query.center[:, scale], query.sigma[:, scale], strict=True)):
+        if not deviation.isfinite().all():
+            continue
+        color = matplotlib.colormaps["Set3"](h)
+        axes.add_patch(Ellipse(middle.tolist(), *(2 * deviation).tolist(), fill=False, color=color, linewidth=1.8))
+        axes.plot(*middle.tolist(), "+", color=color, markersize=8, markeredgewidth=1.8)
+    axes.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+
+
+def _format_sigma(sigma: Sequence[float]) -> str:
+    """The standard deviations of a prior along x and y, in words."""
+    import math
+
+    if not all(map(math.isfinite, sigma)):
+        return "no prior"
+    return f"σ {sigma[0]:.0f} × {sigma[1]:.0f} px"
 
 
 def _draw_attention(axes: Any, photograph: Any, attention: Tensor, largest: float, stride: int) -> Any:

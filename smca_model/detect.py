@@ -55,8 +55,8 @@ def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: f
         threshold: least score.
 
     Returns:
-        For each image scores [k] in descending order, labels [k] and boxes [k, 4] on the CPU: (x1, y1, x2, y2) in
-        pixels of the image as given. Names of the labels are in `model.classes`.
+        For each image scores [k] in descending order, labels [k], boxes [k, 4], (x1, y1, x2, y2) in pixels of the
+        image as given, and queries [k], all on the CPU.
     """
     import torch
 

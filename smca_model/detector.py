@@ -240,7 +240,8 @@ def postprocess(
         top: how many pairs, at most; all N · C if that is less.
 
     Returns:
-        For each image scores [k] in descending order, labels [k] and boxes [k, 4], (x1, y1, x2, y2).
+        For each image scores [k] in descending order, labels [k], boxes [k, 4], (x1, y1, x2, y2), and queries [k], the
+        index of the one that found each.
 
     Raises:
         ValueError: for another number of sizes than images.
@@ -253,7 +254,7 @@ def postprocess(
     boxes = box_convert(boxes, "cxcywh", "xyxy") * sizes.flip(-1).repeat(1, 2).unsqueeze(1)
     scores, pairs = logits.sigmoid().flatten(1).topk(min(top, logits.shape[1] * classes))
     return [
-        {"scores": score, "labels": pair % classes, "boxes": box[pair // classes]}
+        {"scores": score, "labels": pair % classes, "boxes": box[pair // classes], "queries": pair // classes}
         for score, pair, box in zip(scores, pairs, boxes, strict=True)
     ]
 

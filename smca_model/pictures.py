@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,24 +123,44 @@ def attention_of(
     """
     import torch
 
+    with torch.no_grad(), keeping_attention(model, layer) as attention:
+        model([image])
+    return attention(queries)
+
+
+@contextmanager
+def keeping_attention(
+    model: SMCA, layer: int = -1
+) -> Iterator[Callable[[Sequence[int]], tuple[list[Tensor], SpatialPriorOutput]]]:
+    """A function of queries that gives what `attention_of` gives, once the model has run on one image inside.
+
+    It may be called as often and as late as wanted, and keeps what the layer took in. One model, one such context at
+    a time.
+
+    Raises:
+        ValueError: for a layer that the model doesn't have.
+    """
     layers: Any = model.decoder.layers
     if not -len(layers) <= layer < len(layers):
         raise ValueError(f"layer must be in -{len(layers)} … {len(layers) - 1}, got {layer}")
     seen: dict[str, Any] = {}
 
     def keep(module: Any, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
-        query, key, _, spatial_shapes = arguments
-        placement = {name: value for name, value in keywords.items() if name != "backend"}
-        seen["maps"] = module.attention_map(query, key, spatial_shapes, queries=list(queries), **placement)
+        seen["query"], seen["key"], _, seen["spatial_shapes"] = arguments
+        seen["placement"] = {name: value for name, value in keywords.items() if name != "backend"}
         seen["prior"] = output[1]
+
+    def attention(queries: Sequence[int]) -> tuple[list[Tensor], SpatialPriorOutput]:
+        maps = layers[layer].co_attn.attention_map(
+            seen["query"], seen["key"], seen["spatial_shapes"], queries=list(queries), **seen["placement"]
+        )
+        return [each[0] for each in maps], seen["prior"]
 
     hook = layers[layer].co_attn.register_forward_hook(keep, with_kwargs=True)
     try:
-        with torch.no_grad():
-            model([image])
+        yield attention
     finally:
         hook.remove()
-    return [maps[0] for maps in seen["maps"]], seen["prior"]
 
 
 def best_queries(model: SMCA, image: Tensor, count: int) -> list[int]:

@@ -25,6 +25,7 @@ from smca_kernels.pictures import (
     QueryAttention,
     displayable,
     draw_heads,
+    draw_priors,
     window,
 )
 
@@ -342,12 +343,10 @@ def draw_prior(
     import io
 
     import matplotlib
-    import torch
     from PIL import Image
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.patches import Ellipse
 
     pixels = displayable(photographs[0].image)
     height, width = pixels.shape[:2]
@@ -355,22 +354,10 @@ def draw_prior(
     inches = PRIOR_PIXELS / 100
     size = (inches, inches / len(scene.strides) * height / width + 0.75)
     figure, panels = pyplot.subplots(1, len(scene.strides), figsize=size, dpi=100, layout="constrained", squeeze=False)
-    x, y = torch.arange(width), torch.arange(height)[:, None]
     for s, (axes, stride) in enumerate(zip(panels[0], scene.strides, strict=True)):
-        center, sigma = query.center[:, s, :, None, None], query.sigma[:, s, :, None, None]  # [H, 2, 1, 1]
-        distance = ((x - center[:, 0]) / sigma[:, 0]) ** 2 + ((y - center[:, 1]) / sigma[:, 1]) ** 2
-        light = (-distance / 2).exp().amax(0)  # of the head that looks there most
-        axes.imshow(pixels * (0.25 + 0.75 * light[..., None].numpy()))
-        for h, ((column, row), (across, down)) in enumerate(
-            zip(query.center[:, s].tolist(), query.sigma[:, s].tolist(), strict=True)
-        ):
-            color = matplotlib.colormaps["Set3"](h)
-            axes.add_patch(Ellipse((column, row), 2 * across, 2 * down, fill=False, color=color, linewidth=1.8))
-            axes.plot(column, row, "+", color=color, markersize=8, markeredgewidth=1.8)
-        axes.plot(*point, "*", color=POINT_COLOR, markersize=14, markeredgecolor="black")
+        draw_priors(axes, pixels, query, s, point)
         weight = "" if query.scale_weights is None else f", weight {query.scale_weights[s]:.2f}"
         axes.set_title(f"stride {stride}{weight}", fontsize=11)
-        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
     figure.supxlabel(
         "Prior of one object query (star). Ellipses: one standard deviation around the centre (+) of each head. "
         f"Light: the largest of the heads.\n{footnote}",

@@ -1,6 +1,6 @@
 """`smca demo`: the layer on two photographs (photographs.py), then a detector that learns digits (learning.py).
 
-With --ablations the paper's ablations in small (ablations.py), and nothing else.
+With --serve, a page instead (serve.py); with --ablations, the paper's ablations in small (ablations.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from smca_kernels.tools.arguments import check_packages, make_folder
 
-from . import ablation_variants, ablations, learning, photographs
+from . import ablation_variants, ablations, learning, photographs, serve
 
 PACKAGES = (
     "matplotlib",
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     seeds = "of the detector's part; of ablations the first one; default: %(default)s"
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=seeds)
+    serve.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: when it can't start.
     """
+    serve.check_arguments(args)
+    if args.serve:
+        return serve.run(args)
     check_packages(PACKAGES, "model,demo")
     if args.ablations and args.compare:
         raise ValueError("--compare can't be given with --ablations, which compare with detr-tiny anyway")

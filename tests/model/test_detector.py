@@ -323,6 +323,7 @@ def test_postprocess_ranks_pairs_of_query_and_class_and_gives_pixels():
 
     torch.testing.assert_close(detections["scores"], torch.tensor([2.0, 1.0, 0.0]).sigmoid())
     assert detections["labels"].tolist() == [1, 0, 0]
+    assert detections["queries"].tolist() == [0, 1, 0]
     expected = [[50.0, 0.0, 150.0, 100.0], [0.0, 50.0, 100.0, 100.0], [50.0, 0.0, 150.0, 100.0]]
     torch.testing.assert_close(detections["boxes"], torch.tensor(expected))
 
