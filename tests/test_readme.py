@@ -44,7 +44,7 @@ def test_the_example_of_the_detector_runs() -> None:
     exec(code_block("python", "smca_model"), namespace)
     detections, images = namespace["detections"], namespace["images"]
     assert len(detections) == len(images)
-    assert all(set(found) == {"scores", "labels", "boxes"} for found in detections)
+    assert all(set(found) == {"scores", "labels", "boxes", "queries"} for found in detections)
 
 
 def test_the_decoder_layer_runs_before_and_after_the_change() -> None:

@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for options of `smca demo` that don't go together."""
-    if args.serve and args.compare:
-        raise ValueError("--compare must go without --serve, which trains nothing")
+    for option in ("compare", "ablations"):
+        if args.serve and getattr(args, option):
+            raise ValueError(f"--{option} must go without --serve, which trains nothing")
     for option in ("port", "weights"):
         if not args.serve and getattr(args, option) is not None:
             raise ValueError(f"--{option} must go with --serve, got {getattr(args, option)}")

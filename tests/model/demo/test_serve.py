@@ -80,6 +80,7 @@ def test_a_port_that_there_is_not_is_refused(port: str, capsys: pytest.CaptureFi
         (["--port", "8000"], "--port must go with --serve, got 8000"),
         (["--weights", "some.file"], "--weights must go with --serve, got some.file"),
         (["--serve", "--compare"], "--compare must go without --serve"),
+        (["--serve", "--ablations"], "--ablations must go without --serve"),
     ],
 )
 def test_options_that_have_no_effect_are_refused(
