@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("smca_kernels", "smca_model", "benchmarks")
-BINARY_OPENERS = ("Image", "os")  # Image.open, os.open
+BINARY_OPENERS = ("Image", "av", "os")  # Image.open, av.open, os.open
 ASCII = ROOT / "smca_kernels" / "tools" / "cost"  # PTX and its disassembly
 
 

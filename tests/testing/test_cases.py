@@ -31,7 +31,8 @@ def test_inputs_have_the_shapes_of_their_case(case: Case, generator: torch.Gener
     keys, scales = sum(height * width for height, width in case.spatial_shapes), len(case.spatial_shapes)
     prior = (case.batch, case.prior_heads or case.heads, case.queries, scales)
     assert inputs.query.shape == (case.batch, case.heads, case.queries, case.head_dim)
-    assert inputs.key.shape == inputs.value.shape == (case.batch, case.heads, keys, case.head_dim)
+    assert inputs.key.shape == (case.batch, case.heads, keys, case.head_dim)
+    assert inputs.value.shape == (case.batch, case.heads, keys, case.value_dim or case.head_dim)
     assert inputs.center.shape == inputs.precision.shape == (*prior, 2)
     assert inputs.scale_weights is None or inputs.scale_weights.shape == prior
     assert (inputs.precision >= 0).all()

@@ -136,7 +136,9 @@ def served(file: Path, folder: Path) -> Iterator[str]:
         free.bind((serve.HOST, 0))
         port = free.getsockname()[1]
     (folder / "temporary").mkdir()
-    program = "from smca_kernels.tools.cli import main; raise SystemExit(main())"
+    # Where a shell started the tests in the background, SIGINT is ignored, and would be here.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from smca_kernels.tools.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", program, "demo", "--serve", "--weights", str(file)]
     environment = os.environ | {"TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with (folder / "errors").open("w+", encoding="utf-8") as errors:
