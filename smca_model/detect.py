@@ -90,7 +90,7 @@ def to_supervision(found: dict[str, Tensor], classes: Sequence[str]) -> supervis
         classes: name of each label, as in `model.classes`.
 
     Returns:
-        xyxy [k, 4] and confidence [k] in float32, class_id [k], and data["class_name"] [k].
+        `xyxy` [k, 4] and `confidence` [k] in float32, `class_id` [k], and `data["class_name"]`, of k names.
 
     Raises:
         ValueError: naming the command that installs supervision, where it is missing.
