@@ -51,6 +51,7 @@ ROTATED_BYTES = 256e6  # of inputs used in turn, so that none is still in a cach
 MAX_ROTATED = 16
 OVERHEAD_CALLS = 100  # in one measurement, so that the clock's own cost does not count
 REPLAYED_ELEMENTS = 6e7  # up to here, launching may take longer than computing
+COMPARED_SLOWDOWNS = ("naive", "plain-sdpa")  # beside ours
 # Ends with the process that started it, however that ends.
 BUSY_PROCESS = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 
@@ -119,7 +120,8 @@ def measure_slowdown(
     if case.device.type != "cpu" or case.workload.name not in CROWDED:
         return
     for step, names in admitted.items():
-        calls = {name: [make_call(case.peers[name], step, inputs) for inputs in sets] for name in names}
+        peers = [case.peers[name] for name in names if name in COMPARED_SLOWDOWNS or case.peers[name].ours]
+        calls = {peer.name: [make_call(peer, step, inputs) for inputs in sets] for peer in peers}
         quiet = {row.peer: row.value for row in _times("time", case, step, calls, effort)}
         with busy_process(), grad_mode(step):
             turns = {name: partial(in_turn, each) for name, each in calls.items()}

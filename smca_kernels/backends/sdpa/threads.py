@@ -57,11 +57,17 @@ def _pool(size: int, threads: int) -> ThreadPoolExecutor:
                 torch.set_num_threads(threads)
                 started.wait()
 
-            pool = _pools[size, threads] = ThreadPoolExecutor(size, "smca_sdpa")
-            for _ in range(size):
-                pool.submit(start)
-            started.wait()
-            torch.set_num_threads(before)  # for threads that others start
+            pool = ThreadPoolExecutor(size, "smca_sdpa")
+            try:
+                for _ in range(size):
+                    pool.submit(start)
+                started.wait()
+            except BaseException:
+                started.abort()  # those that wait there would hold up the end of the program
+                raise
+            finally:
+                torch.set_num_threads(before)  # for threads that others start
+            _pools[size, threads] = pool
         return pool
 
 

@@ -91,6 +91,28 @@ def test_error_in_a_part_is_the_callers() -> None:
 
 
 @pytest.mark.usefixtures("three_threads")
+def test_threads_that_the_system_refuses_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def refuse_the_second(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    torch.set_num_threads(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_the_second)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            parts_of(5)
+    assert torch.get_num_threads() == 5
+    started[0].join(20)
+    assert not started[0].is_alive()
+    assert len(parts_of(5)) == 5
+
+
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_no_part_records_gradients(context: Callable[[], torch.no_grad]) -> None:
     weight, out = torch.ones(3, requires_grad=True), []
