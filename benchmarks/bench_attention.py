@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 EFFORTS = {"cpu": Effort(5.0, 3, 30, 31), "cuda": Effort(0.6, 10, 100, 31)}
 QUICK_EFFORTS = {"cpu": Effort(0.5, 2, 5, 5), "cuda": Effort(0.2, 5, 20, 5)}
 # No workload is begun later, and nothing is compiled after half of it.
-MAX_SECONDS = {"cpu": 120.0, "cuda": 900.0}
+MAX_SECONDS = {"cpu": 150.0, "cuda": 900.0}
 SOURCES = tuple(f":/{package}/*.py" for package in ("smca_kernels", "smca_model", "benchmarks"))
 
 
