@@ -11,16 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-for package in (
-    "matplotlib",
-    "pycocotools",
-    "safetensors",
-    "scipy",
-    "skimage",
-    "sklearn",
-    "tensorboard",
-    "torchvision",
-):
+from smca_model.demo.command import PACKAGES
+
+for package in PACKAGES:
     pytest.importorskip(package)
 if torch.cuda.is_available():
     pytest.skip("ablations compare times of a CPU", allow_module_level=True)

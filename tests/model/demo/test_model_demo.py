@@ -12,16 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-for package in (
-    "matplotlib",
-    "pycocotools",
-    "safetensors",
-    "scipy",
-    "skimage",
-    "sklearn",
-    "tensorboard",
-    "torchvision",
-):
+from smca_model.demo.command import PACKAGES
+
+for package in PACKAGES:
     pytest.importorskip(package)
 
 from smca_kernels.tools import cli  # noqa: E402
