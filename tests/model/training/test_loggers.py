@@ -70,7 +70,7 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
 def log_once(folder: Path, name: str) -> None:
     """Open a logger, tell it of one step, close it."""
-    metrics = Metrics(folder, 0, open_loggers((name,), folder, {"lr": 0.1}, 0))
+    metrics = Metrics(folder, 0, Loggers(open_loggers((name,), folder, {"lr": 0.1}, 0)))
     metrics.write("val", {"step": 4, "AP": 0.5})
     metrics.loggers.close()
 
