@@ -93,7 +93,7 @@ def from_pretrained(
     name = os.fspath(source)
     try:
         file = hf_hub_download(name, WEIGHTS, revision=revision, token=token)
-    except (OSError, ValueError) as error:  # the hub's own errors are such
+    except Exception as error:  # the network's have another class with every library that the hub's package is on
         raise ValueError(
             f"source must be a folder, or a repository of the hub with {WEIGHTS}, got {name} ({_first_line(error)})"
         ) from error
@@ -128,7 +128,8 @@ def push_to_hub(
 
     Raises:
         ValueError: before anything is sent, for another number of classes than the model has and where huggingface_hub
-            is missing; afterwards, for what the hub refuses.
+            is missing; afterwards, for what the hub refuses, and
+            where it can't be reached.
     """
     check_packages(("huggingface_hub",), "hub")
     from huggingface_hub import HfApi
@@ -147,10 +148,10 @@ def push_to_hub(
                 revision=revision,
                 ignore_patterns=kept,
             )
-        except (OSError, ValueError) as error:  # the hub's own errors are such
+        except Exception as error:  # the network's have another class with every library that the hub's package is on
             raise ValueError(
                 f"repository must be one that can be written, got {repository} ({_first_line(error)})"
-            ) from (error)
+            ) from error
     return str(commit.commit_url)
 
 

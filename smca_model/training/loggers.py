@@ -1,6 +1,7 @@
 """Where a run's numbers go beside its own metrics.jsonl: TensorBoard, Weights & Biases, MLflow, or what you pass.
 
-Projects, servers and keys are those services' own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI and so on).
+Projects, servers and keys are those services' own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI and so on). What they
+wait for a service that is gone has shorter defaults here (`WAITS`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import functools
 import importlib.util
 import json
 import logging
+import os
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +24,23 @@ from smca_kernels.tools.arguments import check_packages
 
 LOG = logging.getLogger(__name__)
 IDS = "loggers.json"  # in the folder of a run: the name that a service gave it, by logger
+PAUSE = 10  # how many times as long as an attempt that failed took, until the next
+SLOW = 0.1  # seconds; an attempt that failed sooner costs a run nothing, and the next line is one again
+
+# What the packages do of themselves: W&B waits without end for its uploads at the end of a run, MLflow tries a request
+# for 4 minutes.
+WAITS = {
+    "WANDB_FINISH_TIMEOUT": "60",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
 
 
 class Logger(Protocol):
-    """What takes a run's numbers; only process 0 has any."""
+    """What takes a run's numbers; only process 0 has any.
+
+    One that has `fail(error)` too is told that in place of `close()` where the run was stopped, or ended with an error.
+    """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take numbers by name, such as "train/loss" and "val/AP", after so many steps.
@@ -33,6 +50,16 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Take no more."""
+
+
+class Service(Logger, Protocol):
+    """A logger that `Settings.loggers` can name."""
+
+    id: str  # of the run there, "" where it needs none
+    place: str  # where the numbers go, as the run's output has it
+
+    def fail(self, error: BaseException) -> None:
+        """Take no more of a run that was stopped, or ended with an error."""
 
 
 class TensorBoard:
@@ -54,6 +81,7 @@ class TensorBoard:
         self.folder = folder / "tensorboard"
         with naming(self.folder):
             self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        self.place = str(self.folder)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         with naming(self.folder):
@@ -65,14 +93,20 @@ class TensorBoard:
         with naming(self.folder):
             self.writer.close()
 
+    def fail(self, error: BaseException) -> None:
+        self.close()
+
 
 class WeightsAndBiases:
     """A run of Weights & Biases, which a resumed run goes on with.
 
+    Its own count of steps never goes back: what comes after a resume for steps that it had is ignored, an evaluation
+    that was cut off as well. So steps are a number like the others, "step", over which it shows them.
+
     Args:
         folder: of the run, whose name it has.
         settings: of the run, its config there.
-        step: of the checkpoint that it goes on from; not used: steps told again are ignored there.
+        step: of the checkpoint that it goes on from; not used.
         known: its id, "" for a new one.
     """
 
@@ -81,13 +115,18 @@ class WeightsAndBiases:
 
         again = {"id": known, "resume": "allow"} if known else {}
         self.run: Any = wandb.init(name=folder.name, dir=str(folder), config=dict(settings), **again)
+        self.run.define_metric("*", step_metric="step")
         self.id: str = self.run.id
+        self.place = str(self.run.url or Path(self.run.dir).parent)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.run.log(dict(metrics), step=step)
+        self.run.log({**metrics, "step": step})
 
     def close(self) -> None:
         self.run.finish()
+
+    def fail(self, error: BaseException) -> None:
+        self.run.finish(exit_code=1)
 
 
 class MLflow:
@@ -108,6 +147,8 @@ class MLflow:
         self.id: str = run.info.run_id
         if not known:  # parameters can't be changed there
             mlflow.log_params(dict(settings))
+        store = re.sub("//[^/]*@", "//", mlflow.get_tracking_uri())  # without a password
+        self.place = f"run {self.id} in {store}"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.mlflow.log_metrics(dict(metrics), step=step)
@@ -115,8 +156,11 @@ class MLflow:
     def close(self) -> None:
         self.mlflow.end_run()
 
+    def fail(self, error: BaseException) -> None:
+        self.mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
-LOGGERS: dict[str, Callable[[Path, Mapping[str, Any], int, str], Any]] = {
+
+LOGGERS: dict[str, Callable[[Path, Mapping[str, Any], int, str], Service]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
@@ -136,8 +180,10 @@ def check_loggers(names: Sequence[str]) -> None:
             raise ValueError(f"loggers with {name} needs {name}: pip install {name}")
 
 
-def open_loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int) -> dict[str, Logger]:
+def open_loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int) -> dict[str, Service]:
     """The loggers of those names, on a run in a folder, after so many steps.
+
+    Sets the environment's `WAITS` that are not set.
 
     Raises:
         ValueError: naming a logger that can't start, without a login for instance, and why.
@@ -152,27 +198,29 @@ def open_loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]
         raise ValueError(
             f"{path} must be JSON, the runs' ids by logger ({error}); move it away for new runs"
         ) from error
-    opened: dict[str, Logger] = {}
-    for name in names:
-        try:
-            logger = LOGGERS[name](folder, settings, step, str(ids.get(name, "")))
-        except OSError as error:
-            Loggers(opened).close()
-            if error.filename is not None:
-                raise
-            raise ValueError(f"loggers can't start {name} ({error})") from error
-        except Exception as error:  # each service has classes of its own
-            Loggers(opened).close()
-            raise ValueError(f"loggers can't start {name} ({_reason(error)})") from error
-        opened[name] = logger
-        if logger.id and ids.get(name) != logger.id:
-            ids[name] = logger.id
-            write_text(path, json.dumps(ids) + "\n")
+    for name, seconds in WAITS.items():
+        os.environ.setdefault(name, seconds)
+    opened: dict[str, Service] = {}
+    with contextlib.ExitStack() as stack:
+        stack.push(Loggers(opened))
+        for name in names:
+            try:
+                opened[name] = LOGGERS[name](folder, settings, step, str(ids.get(name, "")))
+            except Exception as error:  # each service has classes of its own
+                if isinstance(error, OSError) and error.filename is not None:
+                    raise
+                raise ValueError(f"loggers can't start {name} ({_reason(error)})") from error
+            if opened[name].id and ids.get(name) != opened[name].id:
+                ids[name] = opened[name].id
+                write_text(path, json.dumps(ids) + "\n")
+        stack.pop_all()
     return opened
 
 
 class Loggers:
     """Several loggers, none of which can end a run: what fails is warned of once, by its name.
+
+    As a context, it closes them at its end.
 
     Args:
         loggers: by name.
@@ -180,27 +228,51 @@ class Loggers:
 
     def __init__(self, loggers: Mapping[str, Logger]) -> None:
         self.loggers = loggers
-        self.warned: set[str] = set()
+        self._warned: set[str] = set()
+        self._paused: dict[str, float] = {}  # until when, by name
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Pass numbers on to all of them; one that failed is tried again."""
-        for name, logger in self.loggers.items():
-            with self._warning(name):
-                logger.log(step, metrics)
+        """Pass numbers on to all of them.
 
-    def close(self) -> None:
-        """Close all of them."""
+        One that failed is tried again; where that took long, after a pause, so that a run loses a tenth of its time
+        at most.
+        """
+        for name, logger in self.loggers.items():
+            if time.monotonic() >= self._paused.get(name, 0.0):
+                with self._warning(name):
+                    logger.log(step, metrics)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Close all of them.
+
+        Args:
+            error: what ended the run before its end.
+        """
         for name, logger in self.loggers.items():
             with self._warning(name):
-                logger.close()
+                fail = getattr(logger, "fail", None)
+                if error is None or fail is None:
+                    logger.close()
+                else:
+                    fail(error)
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
 
     @contextlib.contextmanager
     def _warning(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
         try:
             yield
         except Exception as error:  # a network's, a service's, a disk's
-            if name not in self.warned:
-                self.warned.add(name)
+            now = time.monotonic()
+            if now - began > SLOW:
+                self._paused[name] = now + PAUSE * (now - began)
+            if name not in self._warned:
+                self._warned.add(name)
                 LOG.warning("%s failed and may lack numbers, which metrics.jsonl has: %s", name, _reason(error))
 
 

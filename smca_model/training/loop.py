@@ -21,7 +21,7 @@ from . import checkpoint, distributed
 from .best import Best
 from .distributed import log
 from .engine import Trainer, epoch_batches
-from .loggers import Logger, open_loggers
+from .loggers import Logger, Loggers, open_loggers
 from .metrics import Metrics, read_metrics
 from .setup import arithmetic, build_model, check_start, count_steps, images_per_step, open_data
 from .signals import Stopped, StopSignals
@@ -101,8 +101,7 @@ def train(
             except OSError as error:
                 raise ValueError(f"out must be a folder that can be made, got {out} ({error.strerror})") from None
             opened = open_loggers(settings.loggers, out, asdict(settings), trainer.step)
-            metrics = Metrics(out, trainer.step, {**opened, **(loggers or {})})
-            stack.callback(metrics.loggers.close)
+            metrics = Metrics(out, trainer.step, stack.enter_context(Loggers({**opened, **(loggers or {})})))
             best = Best(out, _evaluations(out), resume)
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
             log(
@@ -110,6 +109,8 @@ def train(
                 f"{device.type}; {len(train_set)} images, {len(train_set.classes)} classes, {steps_per_epoch} steps "
                 "an epoch"
             )
+            places = [f"{name} ({logger.place})" for name, logger in opened.items()]
+            log(f"numbers go to {', '.join([str(metrics.path), *places])}")
             if train_set.degenerate_boxes:
                 log(f"{train_set.degenerate_boxes} boxes have no width or height and are left out")
 

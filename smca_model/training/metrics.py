@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from smca_kernels.files import naming, write_text
 
-from .loggers import Logger, Loggers
+from .loggers import Loggers
 
 
 class Metrics:
@@ -20,15 +19,15 @@ class Metrics:
     Args:
         folder: of the run.
         step: of the checkpoint it goes on from; lines after it are dropped, for their steps are run again.
-        loggers: what else takes the numbers, by name.
+        loggers: what else takes the numbers.
     """
 
-    def __init__(self, folder: Path, step: int, loggers: Mapping[str, Logger]) -> None:
+    def __init__(self, folder: Path, step: int, loggers: Loggers) -> None:
         self.path = folder / "metrics.jsonl"
         # The evaluation at the step itself is run again: it may not have come to its end.
         kept = [line for line in read_metrics(folder) if line["step"] < step + ("AP" not in line)]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.loggers = Loggers(loggers)
+        self.loggers = loggers
 
     def write(self, group: str, numbers: dict[str, float]) -> None:
         """One line, of numbers by name; `step` is among them.

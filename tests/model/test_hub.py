@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import types
 from pathlib import Path
@@ -164,6 +165,16 @@ def test_what_the_hub_has_not_and_refuses_is_named(
         ValueError, match=r"repository must be one that can be written, got me/street \(403 Forbidden\)"
     ):
         push_to_hub(model, "me/street", classes=CLASSES)
+
+
+def test_a_hub_that_cant_be_reached_is_one_error(model: SMCA, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and it doesn't listen
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        with pytest.raises(ValueError, match=r"repository must be one that can be written, got me/street \(.*refused"):
+            push_to_hub(model, "me/street", classes=CLASSES, token="hf_none")
 
 
 @pytest.mark.parametrize("call", [lambda model: push_to_hub(model, "me/street"), lambda model: from_pretrained("me/x")])

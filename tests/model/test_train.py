@@ -215,7 +215,9 @@ def test_the_command_stops_on_a_signal_saves_and_says_how_to_go_on(
     command += ["--sizes", "48", "--max-size", "96", "--epochs", "2", "--lr-drop", "1", "--workers", "0"]
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert cli.main(command) == 128 + number
-    assert f"go on with  smca train --resume {out}" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert f"go on with  smca train --resume {out}" in told.err
+    assert f"numbers go to {out / 'metrics.jsonl'}, tensorboard ({out / 'tensorboard'})" in told.out
     assert state_of(out)["step"] == 2
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert cli.main(["train", "--resume", str(out), "--epochs", "1"]) == 0

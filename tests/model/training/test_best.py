@@ -273,6 +273,23 @@ def test_loggers_of_your_own_are_told_everything_and_end_no_run(
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_loggers_are_told_what_ended_a_run_before_its_end(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told(Recording):
+        def fail(self, error: BaseException) -> None:
+            self.told.append((0, type(error).__name__))
+
+    def train_step(self: engine.Trainer, batches: Any) -> dict[str, float]:
+        raise engine.TrainingError("step 0: the loss giou is nan")
+
+    monkeypatch.setattr(engine.Trainer, "train_step", train_step)
+    mine = Told()
+    with pytest.raises(engine.TrainingError):
+        train(settings(data, tmp_path), loggers={"mine": mine})
+    assert mine.told == [(0, "TrainingError")]
+
+
 def test_process_0_alone_logs(
     data: Path, tmp_path: Path, give_ap: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import logging
+import os
 import sys
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ pytest.importorskip("tensorboard")
 
 from small_disk import files_of_at_most
 
-from smca_model.training.loggers import LOGGERS, Loggers, check_loggers, open_loggers
+from smca_model.training.loggers import LOGGERS, WAITS, Loggers, check_loggers, open_loggers
 from smca_model.training.metrics import Metrics
 
 
@@ -29,19 +31,30 @@ def package(monkeypatch: pytest.MonkeyPatch, name: str) -> types.ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the variables that the loggers set, now or afterwards."""
+    for name in WAITS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What Weights & Biases was told, in order."""
     told: list[tuple[str, Any]] = []
 
     class Run:
-        id = "abc"
+        id, url, dir = "abc", None, "/runs/wandb/offline-run-abc/files"
 
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            told.append(("log", (step, metrics)))
+        def define_metric(self, name: str, step_metric: str) -> None:
+            told.append(("define_metric", (name, step_metric)))
 
-        def finish(self) -> None:
-            told.append(("finish", None))
+        def log(self, data: dict[str, float]) -> None:  # with a step of its own, it drops those before the last
+            told.append(("log", data))
+
+        def finish(self, exit_code: int | None = None) -> None:
+            told.append(("finish", exit_code))
 
     def init(**arguments: Any) -> Run:
         told.append(("init", arguments))
@@ -62,29 +75,79 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         return types.SimpleNamespace(info=types.SimpleNamespace(run_id="123"))
 
     module.start_run = start_run
+    module.get_tracking_uri = lambda: "postgresql://me:secret@host/runs"
     module.log_params = lambda params: told.append(("log_params", params))
     module.log_metrics = lambda metrics, step: told.append(("log_metrics", (step, metrics)))
-    module.end_run = lambda: told.append(("end_run", None))
+    module.end_run = lambda status="FINISHED": told.append(("end_run", status))
     return told
 
 
 def log_once(folder: Path, name: str) -> None:
     """Open a logger, tell it of one step, close it."""
-    metrics = Metrics(folder, 0, open_loggers((name,), folder, {"lr": 0.1}, 0))
-    metrics.write("val", {"step": 4, "AP": 0.5})
-    metrics.loggers.close()
+    with Loggers(open_loggers((name,), folder, {"lr": 0.1}, 0)) as loggers:
+        Metrics(folder, 0, loggers).write("val", {"step": 4, "AP": 0.5})
 
 
 def test_weights_and_biases_is_told_settings_numbers_and_the_end(tmp_path: Path, wandb: list[tuple[str, Any]]) -> None:
     log_once(tmp_path, "wandb")
-    begin = {"name": tmp_path.name, "dir": str(tmp_path), "config": {"lr": 0.1}}
-    assert wandb == [("init", begin), ("log", (4, {"val/AP": 0.5})), ("finish", None)]
+    begin = ("init", {"name": tmp_path.name, "dir": str(tmp_path), "config": {"lr": 0.1}})
+    numbers = ("log", {"val/AP": 0.5, "step": 4})
+    assert wandb == [begin, ("define_metric", ("*", "step")), numbers, ("finish", None)]
 
 
 def test_mlflow_is_told_settings_numbers_and_the_end(tmp_path: Path, mlflow: list[tuple[str, Any]]) -> None:
     log_once(tmp_path, "mlflow")
     begin = [("start_run", {"run_name": tmp_path.name}), ("log_params", {"lr": 0.1})]
-    assert mlflow == [*begin, ("log_metrics", (4, {"val/AP": 0.5})), ("end_run", None)]
+    assert mlflow == [*begin, ("log_metrics", (4, {"val/AP": 0.5})), ("end_run", "FINISHED")]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "KILLED"), (ValueError(), "FAILED")])
+def test_a_run_that_ends_before_its_end_has_not_finished_there(
+    tmp_path: Path,
+    wandb: list[tuple[str, Any]],
+    mlflow: list[tuple[str, Any]],
+    error: BaseException,
+    status: str,
+) -> None:
+    mine = Recording()
+    opened = open_loggers(("tensorboard", "wandb", "mlflow"), tmp_path, {}, 0)
+    with pytest.raises(type(error)), Loggers({**opened, "mine": mine}):
+        raise error
+    assert (wandb[-1], mlflow[-1], mine.steps) == (("finish", 1), ("end_run", status), [-1])
+
+
+def test_what_was_open_is_closed_where_another_logger_cant_start(
+    tmp_path: Path, mlflow: list[tuple[str, Any]], wandb: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sys.modules["wandb"], "init")
+    with pytest.raises(ValueError, match="can't start wandb"):
+        open_loggers(("mlflow", "wandb"), tmp_path, {}, 0)
+    assert mlflow[-1] == ("end_run", "FAILED")
+
+
+def test_what_was_open_is_closed_where_its_id_cant_be_written(tmp_path: Path, mlflow: list[tuple[str, Any]]) -> None:
+    with files_of_at_most(3), pytest.raises(OSError, match="File too large"):
+        open_loggers(("mlflow",), tmp_path, {}, 0)
+    assert mlflow[-1] == ("end_run", "FAILED")
+
+
+def test_places_are_told_without_a_password(
+    tmp_path: Path, wandb: list[tuple[str, Any]], mlflow: list[tuple[str, Any]]
+) -> None:
+    opened = open_loggers(("tensorboard", "wandb", "mlflow"), tmp_path, {}, 0)
+    assert {name: logger.place for name, logger in opened.items()} == {
+        "tensorboard": str(tmp_path / "tensorboard"),
+        "wandb": "/runs/wandb/offline-run-abc",
+        "mlflow": "run 123 in postgresql://host/runs",
+    }
+
+
+def test_services_are_not_waited_for_without_end_unless_the_environment_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "600")
+    open_loggers((), tmp_path, {}, 0)
+    assert {name: os.environ[name] for name in WAITS} == {**WAITS, "WANDB_FINISH_TIMEOUT": "600"}
 
 
 def test_a_resumed_run_goes_on_with_its_own_at_each_service(
@@ -160,6 +223,27 @@ def test_a_logger_that_fails_is_warned_of_once_and_stops_no_other(caplog: pytest
     ]
     assert failing.tried == 2
     assert recording.steps == [1, 2, -1]
+
+
+def test_a_logger_whose_failures_take_long_is_left_alone_for_a_while(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow(Failing):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            now[0] += 4.0
+            super().log(step, metrics)
+
+    slow, recording = Slow(), Recording()
+    loggers = Loggers({"slow": slow, "other": recording})
+    for step in range(100):
+        now[0] += 1.0
+        loggers.log(step, {"train/loss": 1.0})
+    assert slow.tried == 3  # every 4 s are followed by 40
+    assert recording.steps == list(range(100))
+    assert len(caplog.records) == 1
 
 
 def test_a_full_disk_for_tensorboard_is_a_warning_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

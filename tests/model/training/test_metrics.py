@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from small_disk import files_of_at_most
 
+from smca_model.training.loggers import Loggers
 from smca_model.training.metrics import Metrics, read_metrics
 
 
 def test_a_number_that_json_has_not_is_null(tmp_path: Path) -> None:
-    Metrics(tmp_path, 0, {}).write("train", {"step": 1, "grad_norm": float("inf"), "loss": 2.0})
+    Metrics(tmp_path, 0, Loggers({})).write("train", {"step": 1, "grad_norm": float("inf"), "loss": 2.0})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null, "loss": 2.0}\n'
 
 
@@ -48,13 +49,13 @@ def test_what_is_no_file_of_metrics_is_named(tmp_path: Path) -> None:
 def test_what_follows_the_checkpoint_is_dropped_and_its_own_evaluation_too(tmp_path: Path) -> None:
     lines = ['{"step": 4, "AP": 0.1}', '{"step": 8, "loss": 2.0}', '{"step": 8, "AP": 0.2}', '{"step": 9, "loss": 1.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    Metrics(tmp_path, 8, {})
+    Metrics(tmp_path, 8, Loggers({}))
     assert read_metrics(tmp_path) == [{"step": 4, "AP": 0.1}, {"step": 8, "loss": 2.0}]
 
 
 @pytest.mark.parametrize("limit", [100, 50])
 def test_a_full_disk_names_the_file_and_leaves_whole_lines(tmp_path: Path, limit: int) -> None:
-    metrics = Metrics(tmp_path, 0, {})
+    metrics = Metrics(tmp_path, 0, Loggers({}))
     metrics.write("train", {"step": 1, "loss": 2.0})
     numbers = dict.fromkeys((f"loss_{i}" for i in range(10)), 1.0)
 
