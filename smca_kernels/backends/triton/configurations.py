@@ -71,7 +71,24 @@ KEY_MAJOR_32 = {
     (False, False): Configuration(64, 64, 32, 4, 3, 168, 3),
     (False, True): Configuration(64, 64, 16, 4, 3, None, 2),
 }
-# Where products are FMAs, of fp32 inputs and below sm_80 of all, the kernels are alike.
+# The same of fp32, whose products are three of TF32 on the tensor cores: as an H100 ran them. Its tiles have `direct`
+# keys, in the key-major kernel `keys` × `direct` queries.
+FLOAT32_CONFIGURATIONS: dict[str, dict[int, Configuration]] = {
+    "forward": {
+        32: Configuration(64, 32, 32, 4, 1, 168, 3),
+        64: Configuration(64, 32, 32, 4, 1, None, 2),
+        128: Configuration(64, 16, 16, 4, 1, None, 2),
+    },
+    "query_major": {
+        64: Configuration(64, 32, 32, 4, 1, None, 2),
+        128: Configuration(64, 16, 16, 4, 1, None, 1),
+    },
+    "key_major": {
+        64: Configuration(64, 64, 32, 4, 1, None, 2, tile_n=32),
+        128: Configuration(64, 64, 16, 4, 1, None, 2, tile_n=16),
+    },
+}
+# Below sm_80, where all products are FMAs, the kernels are alike.
 FMA_CONFIGURATIONS = {
     32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
     128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
@@ -86,10 +103,14 @@ def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, pla
         return replace(
             configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
         )
-    by_fma = dtype == torch.float32 or arch < 80
-    if kernel == "key_major" and not by_fma and arch < 90 and head_dim <= 32:
+    if arch < 80:
+        by_head_dim = FMA_CONFIGURATIONS
+    elif dtype == torch.float32:
+        by_head_dim = FLOAT32_CONFIGURATIONS[kernel]
+    elif kernel == "key_major" and arch < 90 and head_dim <= 32:
         return KEY_MAJOR_32[arch == 80, planned]
-    by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, arch >= 90]
+    else:
+        by_head_dim = CONFIGURATIONS[kernel, arch >= 90]
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
 
 
@@ -103,7 +124,7 @@ def architecture(device: torch.device) -> int:
 
 
 def constants(
-    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str = "ieee"
+    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str
 ) -> dict[str, Any]:
     """The compile-time arguments of a kernel."""
     arguments: dict[str, Any] = {
@@ -145,8 +166,9 @@ def launch_arguments(
 
     Where it is not `plain`, but has a mask or dropout, it takes as many registers as it needs.
     """
-    chosen = configuration(kernel, architecture(device), dtype, head_dim, planned)
-    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(dtype))
+    arch = architecture(device)
+    chosen = configuration(kernel, arch, dtype, head_dim, planned)
+    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(dtype, arch))
 
 
 @cache
@@ -166,8 +188,12 @@ def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     return sizes | {"num_warps": 4, "num_stages": 1}
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 products obey torch.set_float32_matmul_precision: "highest" is IEEE, anything lower may use TF32."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+def dot_precision(dtype: torch.dtype, arch: int) -> str:
+    """How products of fp32 are made, which obey torch.set_float32_matmul_precision.
+
+    "highest": on tensor cores as three products of TF32, of the high and low parts of both operands, which leave out
+    2⁻²² of a product. Anything lower may use TF32. Below sm_80 and of half precision there is nothing to choose.
+    """
+    if dtype != torch.float32 or arch < 80:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
