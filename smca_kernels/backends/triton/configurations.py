@@ -30,7 +30,7 @@ class Configuration:
     tile_n: int = 64  # queries of a tile of the key-major kernel, a part of block_n
 
 
-# (kernel, Hopper or newer) → head dimension up to which a configuration holds, for half precision. Each is the fastest
+# (kernel, has_warp_groups) → head dimension up to which a configuration holds, for half precision. Each is the fastest
 # of those tried: on Hopper as an H200 ran them, before as simulated (`smca cost`) and without a spilled register.
 CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
     ("forward", False): {
@@ -71,27 +71,40 @@ KEY_MAJOR_32 = {
     (False, False): Configuration(64, 64, 32, 4, 3, 168, 3),
     (False, True): Configuration(64, 64, 16, 4, 3, None, 2),
 }
-# The same of fp32, whose products are three of TF32 on the tensor cores: as an H100 ran them. Its tiles have `direct`
-# keys, in the key-major kernel `keys` × `direct` queries.
-FLOAT32_CONFIGURATIONS: dict[str, dict[int, Configuration]] = {
-    "forward": {
+# Where products are FMAs the kernels are alike: below sm_80, and of fp32 where the table below says so.
+FMA_CONFIGURATIONS = {
+    32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
+    128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
+}
+# The same of fp32, whose products are three of TF32 on the tensor cores. Its tiles are those of the direct path: of
+# `direct` keys, in the key-major kernel of `keys` and `direct` queries.
+FLOAT32_CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
+    ("forward", False): {
+        32: Configuration(64, 32, 32, 4, 1, None, 2),
+        64: Configuration(64, 16, 16, 4, 1, None, 2),
+        128: FMA_CONFIGURATIONS[128],
+    },
+    ("forward", True): {
         32: Configuration(64, 32, 32, 4, 1, 168, 3),
         64: Configuration(64, 32, 32, 4, 1, None, 2),
         128: Configuration(64, 16, 16, 4, 1, None, 2),
     },
-    "query_major": {
+    ("query_major", False): {
+        64: Configuration(64, 16, 16, 4, 1, None, 2),
+        128: FMA_CONFIGURATIONS[128],
+    },
+    ("query_major", True): {
         64: Configuration(64, 32, 32, 4, 1, None, 2),
         128: Configuration(64, 16, 16, 4, 1, None, 1),
     },
-    "key_major": {
-        64: Configuration(64, 64, 32, 4, 1, None, 2, tile_n=32),
-        128: Configuration(64, 64, 16, 4, 1, None, 2, tile_n=16),
+    ("key_major", False): {
+        64: Configuration(64, 64, 16, 4, 1, None, 2, tile_n=16),
+        128: FMA_CONFIGURATIONS[128],
     },
-}
-# Below sm_80, where all products are FMAs, the kernels are alike.
-FMA_CONFIGURATIONS = {
-    32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
-    128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
+    ("key_major", True): {
+        64: Configuration(64, 64, 32, 4, 1, None, 2, tile_n=32),
+        128: Configuration(64, 64, 16, 4, 1, None, 1, tile_n=16),
+    },
 }
 
 
@@ -106,12 +119,17 @@ def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, pla
     if arch < 80:
         by_head_dim = FMA_CONFIGURATIONS
     elif dtype == torch.float32:
-        by_head_dim = FLOAT32_CONFIGURATIONS[kernel]
-    elif kernel == "key_major" and arch < 90 and head_dim <= 32:
+        by_head_dim = FLOAT32_CONFIGURATIONS[kernel, has_warp_groups(arch)]
+    elif kernel == "key_major" and not has_warp_groups(arch) and head_dim <= 32:
         return KEY_MAJOR_32[arch == 80, planned]
     else:
-        by_head_dim = CONFIGURATIONS[kernel, arch >= 90]
+        by_head_dim = CONFIGURATIONS[kernel, has_warp_groups(arch)]
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
+
+
+def has_warp_groups(arch: int) -> bool:
+    """Whether tensor cores take products of a whole warp group, as Hopper's and its successors' for data centres."""
+    return 90 <= arch < 120
 
 
 @cache
@@ -168,7 +186,7 @@ def launch_arguments(
     """
     arch = architecture(device)
     chosen = configuration(kernel, arch, dtype, head_dim, planned)
-    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(dtype, arch))
+    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(arch, dtype, chosen))
 
 
 @cache
@@ -188,12 +206,14 @@ def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     return sizes | {"num_warps": 4, "num_stages": 1}
 
 
-def dot_precision(dtype: torch.dtype, arch: int) -> str:
+def dot_precision(arch: int, dtype: torch.dtype, chosen: Configuration) -> str:
     """How products of fp32 are made, which obey torch.set_float32_matmul_precision.
 
-    "highest": on tensor cores as three products of TF32, of the high and low parts of both operands, which leave out
-    2⁻²² of a product. Anything lower may use TF32. Below sm_80 and of half precision there is nothing to choose.
+    "highest": in fp32, or on tensor cores as three products of TF32, of the high and low parts of both operands, which
+    leave out 2⁻²² of a product. Anything lower may use TF32.
     """
     if dtype != torch.float32 or arch < 80:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee" if chosen in FMA_CONFIGURATIONS.values() else "tf32x3"

@@ -84,7 +84,7 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
     planned = pass_.startswith("planned")
     chosen = configuration(name, arch, torch_dtype, head_dim, planned)
     absent = ABSENT if planned else (*ABSENT, "plan")
-    constexprs = constants(name, chosen, torch_dtype, head_dim, 8, dot_precision(torch_dtype, arch))
+    constexprs = constants(name, chosen, torch_dtype, head_dim, 8, dot_precision(arch, torch_dtype, chosen))
     constexprs |= {argument: None for argument in absent if argument in function.arg_names}
     signature = {
         argument: "constexpr" if argument in constexprs else ARGUMENT_TYPES[argument].replace("input", dtype)
