@@ -111,8 +111,10 @@ FLOAT32_CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
 def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, planned: bool = False) -> Configuration:
     """The configuration of a kernel on an architecture (80 is sm_80), with a plan or without."""
     if kernel in ("prepare", "survey", "window"):
-        # A window's arithmetic is per query: more warps would repeat it.
-        warps = 1 if kernel == "window" else 4
+        # A window's arithmetic is per query: more warps would repeat it, but fp32 queries need their registers.
+        warps = 4
+        if kernel == "window":
+            warps = max(1, head_dim // 32) if dtype == torch.float32 else 1
         return replace(
             configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
         )
