@@ -25,23 +25,22 @@ STEPS = {FORWARD: ("forward",), BOTH: ("forward", "backward")}
 
 
 def cycles_per_element(card: Architecture, pass_: str, dtype: str, head_dim: int, tf32: bool = False) -> float:
-    """Cycles per element of an SM's slowest unit: tensor cores (or FP32 lanes in their place), EX2, FP32.
+    """Cycles per element of an SM's slowest unit: tensor cores (or FP32 lanes where they are faster), EX2, FP32.
 
     Args:
         card: the GPU.
         pass_: "forward" or "backward".
         dtype: "float16", "bfloat16" or "float32".
         head_dim: channels.
-        tf32: whether float32 products may use TF32; else they are IEEE, which FP32 lanes compute.
+        tf32: whether float32 products may use TF32; else each is three of these.
     """
     work = PASSES[pass_]
     flops = work.products * 2 * head_dim
-    half = dtype != "float32"
-    if card.tensor_flops and (half or tf32):
-        tensor, fp32 = flops * (1 if half else 2) / card.tensor_flops, float(work.fp32)
-    else:
-        tensor, fp32 = 0.0, work.fp32 + flops / 2  # a fused multiply-add is two FLOP
-    return max(tensor, work.exponentials / EX2_LANES, fp32 / card.fp32_lanes)
+    products = (work.fp32 + flops / 2) / card.fp32_lanes  # a fused multiply-add is two FLOP
+    if card.tensor_flops:
+        factor = 1 if dtype != "float32" else 2 if tf32 else 6  # TF32 has half the rate
+        products = min(products, max(factor * flops / card.tensor_flops, work.fp32 / card.fp32_lanes))
+    return max(products, work.exponentials / EX2_LANES)
 
 
 def elements_per_second(card: Architecture, step: str, dtype: str, head_dim: int, tf32: bool = False) -> float:

@@ -227,6 +227,7 @@ CASES: tuple[Case, ...] = (
     Case("last axis strided", ((5, 9),), batch=2, heads=2, layout="last_axis_strided"),
     Case("expanded", ((5, 9),), batch=2, heads=2, queries=9, layout="expanded", quick=True),
     Case("narrow prior", ((9, 17),), queries=33, prior="narrow", quick=True),
+    Case("terms that nearly cancel", ((3, 167),), queries=33, quick=True),  # up to 7000, in the logits of σ = 1
     Case("wide prior", ((9, 17),), queries=33, prior="wide", quick=True),
     Case("far centers", ((9, 17),), queries=33, prior="far", quick=True),
     Case("narrow prior, padded batch", ((9, 17),), batch=2, prior="narrow", mask="valid_shapes"),

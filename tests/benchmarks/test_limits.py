@@ -19,11 +19,16 @@ def test_limits_are_those_of_the_busiest_unit(arch: int, forward: float, backwar
     assert alone / 1e12 == pytest.approx(backward, rel=0.03)
 
 
-def test_float32_products_are_ieee_unless_tf32_is_allowed() -> None:
+def test_float32_products_are_three_of_tf32_unless_one_is_allowed() -> None:
     card = ARCHITECTURES[90]
-    ieee = limits.cycles_per_element(card, "forward", "float32", 64)
-    assert ieee == pytest.approx((2 * 64 + 3) / 128)
-    assert limits.cycles_per_element(card, "forward", "float32", 64, tf32=True) == pytest.approx(2 * 2 * 64 * 2 / 4096)
+    one = limits.cycles_per_element(card, "forward", "float32", 64, tf32=True)
+    assert one == pytest.approx(2 * 2 * 64 * 2 / 4096)
+    assert limits.cycles_per_element(card, "forward", "float32", 64) == pytest.approx(3 * one)
+
+
+def test_without_tensor_cores_fp32_lanes_make_the_products() -> None:
+    card = ARCHITECTURES[70]
+    assert limits.cycles_per_element(card, "forward", "float32", 64) == pytest.approx((2 * 64 + 3) / 64)
 
 
 def test_wider_heads_move_the_limit_from_exp2_to_the_tensor_cores() -> None:

@@ -122,6 +122,7 @@ def further_cases(arch: int) -> list[CompiledCase]:
         CompiledCase(arch, two, perturbed=True),
         CompiledCase(arch, narrow, perturbed=True),
         CompiledCase(arch, two, truncating=True),
+        CompiledCase(arch, Case("terms that nearly cancel", ((3, 167),), queries=33), truncating=True),
         CompiledCase(arch, Case("far", ((9, 17),), queries=33, prior="far"), truncating=True),
         CompiledCase(arch, Case("all dropped", ((5, 9),)), dropout_p=1.0),
         CompiledCase(arch, two, multiprocessors=0),

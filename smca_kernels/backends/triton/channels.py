@@ -14,12 +14,15 @@ over the scale, with sixteen of the key which depend on its position alone. It j
     feature      high of x²  low of x²  x         1             ignored?  as 0–5, of y     1
 
 Both are float16 for inputs of both half-precision dtypes. A position is at most 255 cells, and its square is the sum of
-a multiple of 256 and the rest, both exact; a coefficient is the sum of two float16 terms, the base of three. Squares
-are divided by 256 and ones multiplied by 16, coefficients the other way, against what float16 loses below 2⁻²⁴; all
-coefficients are divided by the softmax scale. The features of a key are two rows of `launch.position_table`.
+a multiple of 256 and the rest, both exact; a coefficient is the sum of two float16 terms, the base of three. The base is
+made of the other coefficients as float16 holds them: what it loses is nothing at the nearest cell, and little where a
+narrow prior has its mass. Squares are divided by 256 and ones multiplied by 16, coefficients the other way, against what
+float16 loses below 2⁻²⁴; all coefficients are divided by the softmax scale. The features of a key are two rows of
+`launch.position_table`.
 
-The expansion cancels: the tensor cores sum its terms to some 6 · 2⁻²³ of the largest. Blocks where that is too much
-(`is_direct`), and all fp32 inputs, take the direct path: the prior evaluated for each pair of query and key.
+The expansion cancels, and the tensor cores cut its terms at 2⁻²⁴ of the largest (sm_80; at 2⁻²⁵ on sm_90). Blocks where
+that is too much (`is_direct`), and all fp32 inputs, take the direct path: the prior evaluated for each pair of query and
+key.
 """
 
 from __future__ import annotations
@@ -208,32 +211,39 @@ def nearest_cell(c, side):
 
 
 @triton.jit
-def fp16_term(x, term):
-    """Term 0, 1 or 2 of x as a sum of float16 numbers, still in fp32."""
-    t0 = x.to(tl.float16).to(tl.float32)
-    rest = x - t0
-    t1 = rest.to(tl.float16).to(tl.float32)
-    return tl.where(term == 0, t0, tl.where(term == 1, t1, rest - t1))
+def fp16_terms(x):
+    """x less little as a sum of two float16 numbers, both still in fp32."""
+    first = x.to(tl.float16).to(tl.float32)
+    return first, (x - first).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
-def prior_coefficients(p_x, p_y, e_x, e_y, base):
-    """Coefficients [ROWS, 16] float16; all arguments are [ROWS], p and base already divided by the softmax scale."""
+def prior_coefficients(p_x, p_y, e_x, e_y, n_x, n_y, log_sum):
+    """Coefficients [ROWS, 16] float16 of -logG + log_sum; n and the centre e are counted from the origin.
+
+    All arguments are [ROWS], p and log_sum already divided by the softmax scale.
+    """
+    square_x, square_x_rest = fp16_terms(p_x * -SQUARE_UNIT)
+    square_y, square_y_rest = fp16_terms(p_y * -SQUARE_UNIT)
+    linear_x, linear_x_rest = fp16_terms(2.0 * p_x * e_x)
+    linear_y, linear_y_rest = fp16_terms(2.0 * p_y * e_y)
+    # Of the terms as they are, so that what float16 loses is nothing at the nearest cell, and little around it.
+    of_x = n_x * (linear_x + linear_x_rest + (square_x + square_x_rest) * (n_x / SQUARE_UNIT))
+    of_y = n_y * (linear_y + linear_y_rest + (square_y + square_y_rest) * (n_y / SQUARE_UNIT))
+    base = (of_x + of_y + log_sum) * (-1.0 / ONE_UNIT)
+    base_0, _ = fp16_terms(base)
+    base_1, base_2 = fp16_terms(base - base_0)
+
     i = tl.arange(0, 16)[None, :]
-    of_axis = i % 8
-    p = tl.where(i < 8, p_x[:, None], p_y[:, None])
-    e = tl.where(i < 8, e_x[:, None], e_y[:, None])
-    of_base = tl.broadcast_to(base[:, None] * (-1.0 / ONE_UNIT), e.shape)
-    values = tl.where(of_axis < 4, -SQUARE_UNIT * p, tl.where(of_axis < 6, 2.0 * p * e, of_base))
-    term = tl.where(of_axis < 6, i % 2, tl.where(i < 8, 0, i - 13))
-    return tl.where(i == 7, -MASKED, fp16_term(values, term)).to(tl.float16)
-
-
-@triton.jit
-def base_of_query(p_x, p_y, e_x, e_y, n_x, n_y):
-    """base [ROWS], by which -logG is 0 at the nearest cell n; n and the centre e are counted from the origin."""
-    # Factored, as squares of a centre far outside would leave their rounding in every row.
-    return p_x * (n_x * (2.0 * e_x - n_x)) + p_y * (n_y * (2.0 * e_y - n_y))
+    is_x = i < 8
+    first = i % 2 == 0
+    square = tl.where(first, tl.where(is_x, square_x[:, None], square_y[:, None]),
+                      tl.where(is_x, square_x_rest[:, None], square_y_rest[:, None]))  # fmt: skip
+    linear = tl.where(first, tl.where(is_x, linear_x[:, None], linear_y[:, None]),
+                      tl.where(is_x, linear_x_rest[:, None], linear_y_rest[:, None]))  # fmt: skip
+    of_base = tl.where(is_x, base_0[:, None], tl.where(first, base_1[:, None], base_2[:, None]))
+    values = tl.where(i % 8 < 4, square, tl.where(i % 8 < 6, linear, of_base))
+    return tl.where(i == 7, -MASKED, values).to(tl.float16)
 
 
 @triton.jit
@@ -268,8 +278,10 @@ def is_direct(p_x, p_y, e_x, e_y, n_x, n_y, across, down, inverse_scale, limit):
     of_y = largest_term(p_y, e_y, n_y, down)
     # One comparison each: a maximum would pass over what is not a number.
     fits = (of_x <= limit) & (of_y <= limit) & (across <= MAX_SIDE) & (down <= MAX_SIDE)
-    fits &= (of_x * inverse_scale < MASKED) & (of_y * inverse_scale < MASKED)
-    fits &= SQUARE_UNIT * tl.maximum(p_x, p_y) * inverse_scale < MASKED
+    # Half of what the base can be, which is stored by units of ONE_UNIT; then the other coefficients.
+    fits &= (of_x * inverse_scale < 0.5 * ONE_UNIT * MASKED) & (of_y * inverse_scale < 0.5 * ONE_UNIT * MASKED)
+    linear = tl.maximum(p_x * tl.abs(e_x), p_y * tl.abs(e_y))
+    fits &= tl.maximum(SQUARE_UNIT * tl.maximum(p_x, p_y), 2.0 * linear) * inverse_scale < MASKED
     return warp_any(tl.max((~fits).to(tl.int32), 0))
 
 

@@ -30,7 +30,7 @@ class Configuration:
     tile_n: int = 64  # queries of a tile of the key-major kernel, a part of block_n
 
 
-# (kernel, Hopper or newer) → head dimension up to which a configuration holds, for half precision. Each is the fastest
+# (kernel, has_warp_groups) → head dimension up to which a configuration holds, for half precision. Each is the fastest
 # of those tried: on Hopper as an H200 ran them, before as simulated (`smca cost`) and without a spilled register.
 CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
     ("forward", False): {
@@ -71,26 +71,67 @@ KEY_MAJOR_32 = {
     (False, False): Configuration(64, 64, 32, 4, 3, 168, 3),
     (False, True): Configuration(64, 64, 16, 4, 3, None, 2),
 }
-# Where products are FMAs, of fp32 inputs and below sm_80 of all, the kernels are alike.
+# Where products are FMAs the kernels are alike: below sm_80, and of fp32 where the table below says so.
 FMA_CONFIGURATIONS = {
     32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
     128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
+}
+# The same of fp32, whose products are three of TF32 on the tensor cores. Its tiles are those of the direct path: of
+# `direct` keys, in the key-major kernel of `keys` and `direct` queries.
+FLOAT32_CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
+    ("forward", False): {
+        32: Configuration(64, 32, 32, 4, 1, None, 2),
+        64: Configuration(64, 16, 16, 4, 1, None, 2),
+        128: FMA_CONFIGURATIONS[128],
+    },
+    ("forward", True): {
+        32: Configuration(64, 32, 32, 4, 1, 168, 3),
+        64: Configuration(64, 32, 32, 4, 1, None, 2),
+        128: Configuration(64, 16, 16, 4, 1, None, 2),
+    },
+    ("query_major", False): {
+        64: Configuration(64, 16, 16, 4, 1, None, 2),
+        128: FMA_CONFIGURATIONS[128],
+    },
+    ("query_major", True): {
+        64: Configuration(64, 32, 32, 4, 1, None, 2),
+        128: Configuration(64, 16, 16, 4, 1, None, 1),
+    },
+    ("key_major", False): {
+        64: Configuration(64, 64, 16, 4, 1, None, 2, tile_n=16),
+        128: FMA_CONFIGURATIONS[128],
+    },
+    ("key_major", True): {
+        64: Configuration(64, 64, 32, 4, 1, None, 2, tile_n=32),
+        128: Configuration(64, 64, 16, 4, 1, None, 1, tile_n=16),
+    },
 }
 
 
 def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, planned: bool = False) -> Configuration:
     """The configuration of a kernel on an architecture (80 is sm_80), with a plan or without."""
     if kernel in ("prepare", "survey", "window"):
-        # A window's arithmetic is per query: more warps would repeat it.
-        warps = 1 if kernel == "window" else 4
+        # A window's arithmetic is per query: more warps would repeat it, but fp32 queries need their registers.
+        warps = 4
+        if kernel == "window":
+            warps = max(1, head_dim // 32) if dtype == torch.float32 else 1
         return replace(
             configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
         )
-    by_fma = dtype == torch.float32 or arch < 80
-    if kernel == "key_major" and not by_fma and arch < 90 and head_dim <= 32:
+    if arch < 80:
+        by_head_dim = FMA_CONFIGURATIONS
+    elif dtype == torch.float32:
+        by_head_dim = FLOAT32_CONFIGURATIONS[kernel, has_warp_groups(arch)]
+    elif kernel == "key_major" and not has_warp_groups(arch) and head_dim <= 32:
         return KEY_MAJOR_32[arch == 80, planned]
-    by_head_dim = FMA_CONFIGURATIONS if by_fma else CONFIGURATIONS[kernel, arch >= 90]
+    else:
+        by_head_dim = CONFIGURATIONS[kernel, has_warp_groups(arch)]
     return by_head_dim[min(limit for limit in by_head_dim if limit >= head_dim)]
+
+
+def has_warp_groups(arch: int) -> bool:
+    """Whether tensor cores take products of a whole warp group, as Hopper's and its successors' for data centres."""
+    return 90 <= arch < 120
 
 
 @cache
@@ -103,7 +144,7 @@ def architecture(device: torch.device) -> int:
 
 
 def constants(
-    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str = "ieee"
+    kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str
 ) -> dict[str, Any]:
     """The compile-time arguments of a kernel."""
     arguments: dict[str, Any] = {
@@ -145,8 +186,9 @@ def launch_arguments(
 
     Where it is not `plain`, but has a mask or dropout, it takes as many registers as it needs.
     """
-    chosen = configuration(kernel, architecture(device), dtype, head_dim, planned)
-    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(dtype))
+    arch = architecture(device)
+    chosen = configuration(kernel, arch, dtype, head_dim, planned)
+    return _launch_arguments(kernel, chosen, dtype, head_dim, unit, plain, dot_precision(arch, dtype, chosen))
 
 
 @cache
@@ -166,8 +208,14 @@ def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     return sizes | {"num_warps": 4, "num_stages": 1}
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 products obey torch.set_float32_matmul_precision: "highest" is IEEE, anything lower may use TF32."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+def dot_precision(arch: int, dtype: torch.dtype, chosen: Configuration) -> str:
+    """How products of fp32 are made, which obey torch.set_float32_matmul_precision.
+
+    "highest": in fp32, or on tensor cores as three products of TF32, of the high and low parts of both operands, which
+    leave out 2⁻²² of a product. Anything lower may use TF32.
+    """
+    if dtype != torch.float32 or arch < 80:
+        return "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
-    return "ieee"
+    return "ieee" if chosen in FMA_CONFIGURATIONS.values() else "tf32x3"

@@ -22,7 +22,6 @@ import triton.language as tl
 from smca_kernels.backends.triton.channels import (
     LOG2E,
     NOTHING,
-    base_of_query,
     direct_prior,
     dot,
     dropout_key_key,
@@ -148,11 +147,8 @@ def forward_kernel(
             total = tl.zeros([BLOCK_N], tl.float32)
             acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             if DIRECT_ONLY == 0:
+                coefficients = prior_coefficients(p_x * inverse_scale, p_y * inverse_scale, e_x, e_y, n_x, n_y, 0.0)
                 direct = is_direct(p_x, p_y, e_x, e_y, n_x, n_y, across, y1 - y0, inverse_scale, direct_limit)
-                p_x *= inverse_scale
-                p_y *= inverse_scale
-                base = base_of_query(p_x, p_y, e_x, e_y, n_x, n_y)
-                coefficients = prior_coefficients(p_x, p_y, e_x, e_y, base)
                 x = x0 + (first + tl.arange(0, KEYS)) % across
                 y = y0 + (first + tl.arange(0, KEYS)) // across
                 for start in tl.range(first, tl.where(direct == 0, count, 0), KEYS, num_stages=STAGES):

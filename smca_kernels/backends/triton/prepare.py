@@ -17,7 +17,6 @@ import triton.language as tl
 from smca_kernels.backends.triton.channels import (
     LN2,
     MASKED,
-    base_of_query,
     grid_of_scale,
     is_direct,
     load_rows,
@@ -156,9 +155,6 @@ def store_coefficients(
     log_sum *= LN2 * inverse_scale
     direct |= warp_any(tl.max((tl.abs(log_sum) >= MASKED).to(tl.int32), 0))
     tl.store(direct_blocks + block, direct)
-    p_x *= inverse_scale
-    p_y *= inverse_scale
-    base = base_of_query(p_x, p_y, e_x, e_y, n_x, n_y) + log_sum
     row = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    of_row = prior_coefficients(p_x, p_y, e_x, e_y, base)
+    of_row = prior_coefficients(p_x * inverse_scale, p_y * inverse_scale, e_x, e_y, n_x, n_y, log_sum)
     tl.store(coefficients + row[:, None] * 16 + tl.arange(0, 16)[None, :], of_row)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from smca_kernels.backends.triton.configurations import TILED, configuration, constants
+from smca_kernels.backends.triton.configurations import TILED, configuration, constants, dot_precision
 from smca_kernels.backends.triton.forward import forward_kernel
 from smca_kernels.backends.triton.key_major import key_major_kernel
 from smca_kernels.backends.triton.prepare import prepare_kernel
@@ -84,13 +84,15 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
     planned = pass_.startswith("planned")
     chosen = configuration(name, arch, torch_dtype, head_dim, planned)
     absent = ABSENT if planned else (*ABSENT, "plan")
-    constexprs = constants(name, chosen, torch_dtype, head_dim, unit=8)
+    constexprs = constants(name, chosen, torch_dtype, head_dim, 8, dot_precision(arch, torch_dtype, chosen))
     constexprs |= {argument: None for argument in absent if argument in function.arg_names}
     signature = {
         argument: "constexpr" if argument in constexprs else ARGUMENT_TYPES[argument].replace("input", dtype)
         for argument in function.arg_names
     }
     flops = {"forward": 4 * head_dim + 32, "query_major": 6 * head_dim + 64, "key_major": 8 * head_dim + 32}
+    if torch_dtype == torch.float32:  # three products make one, and none is of the prior
+        flops = {"forward": 12 * head_dim, "query_major": 18 * head_dim, "key_major": 24 * head_dim}
     return Specialization(
         kernel=f"planned {name}" if planned and name in (*TILED, "prepare") else name,
         pass_=pass_,

@@ -78,10 +78,14 @@ def real_rows(tmp_path_factory: pytest.TempPathFactory) -> RowsOf:
     return of
 
 
-# Bytes that a kernel may spill where an H200 ran it faster so: one more block fits on an SM (docs/kernels.md).
+# (arch, head_dim, kernel) → bytes that it may spill where an H100 or H200 ran it faster so (docs/kernels.md): because
+# one more block fits on an SM, or in fp32 because larger tiles take less work.
 MEASURED_FASTER = {(90, 32, "forward"): 96, (90, 64, "query_major"): 96}
-# The same where it is only simulated to be faster, three times: tiles of fewer keys fill no wgmma.
+MEASURED_FASTER_IN_FP32 = {(90, 64, "query_major"): 160, (90, 64, "key_major"): 24}
+# The same where it is only simulated to be faster: of half precision three times, as tiles of fewer keys fill no wgmma;
+# of fp32 almost twice, as products are no longer FMAs.
 SIMULATED_FASTER = {(90, 128, "key_major"): 240}
+SIMULATED_FASTER_IN_FP32 = {(80, 64, "query_major"): 40, (80, 64, "key_major"): 56}
 
 
 @pytest.mark.slow
@@ -93,7 +97,9 @@ def test_no_spills_but_where_it_is_faster(arch: int, dtype: str, head_dim: int, 
             continue  # the largest of its kernels'
         name = row["kernel"].removeprefix("planned ")
         faster = MEASURED_FASTER | SIMULATED_FASTER
-        allowed = 0 if dtype == "fp32" else faster.get((arch, head_dim, name), 0)
+        if dtype == "fp32":
+            faster = MEASURED_FASTER_IN_FP32 | SIMULATED_FASTER_IN_FP32
+        allowed = faster.get((arch, head_dim, name), 0)
         assert row["spill_bytes"] <= allowed, row["kernel"]
         assert row["local_bytes"] <= allowed, row["kernel"]
 
