@@ -14,15 +14,15 @@ over the scale, with sixteen of the key which depend on its position alone. It j
     feature      high of x²  low of x²  x         1             ignored?  as 0–5, of y     1
 
 Both are float16 for inputs of both half-precision dtypes. A position is at most 255 cells, and its square is the sum of
-a multiple of 256 and the rest, both exact; a coefficient is the sum of two float16 terms, the base of three. The base is
-made of the other coefficients as float16 holds them: what it loses is nothing at the nearest cell, and little where a
-narrow prior has its mass. Squares are divided by 256 and ones multiplied by 16, coefficients the other way, against what
-float16 loses below 2⁻²⁴; all coefficients are divided by the softmax scale. The features of a key are two rows of
+a multiple of 256 and the rest, both exact; a coefficient is the sum of two float16 terms, the base of three. The base
+is made of the other coefficients as float16 holds them: what it loses is nothing at the nearest cell, and little where
+a narrow prior has its mass. Squares are divided by 256 and ones multiplied by 16, coefficients the other way, against
+what float16 loses below 2⁻²⁴; all coefficients are divided by the softmax scale. The features of a key are two rows of
 `launch.position_table`.
 
 The expansion cancels, and the tensor cores cut its terms at 2⁻²⁴ of the largest (sm_80; at 2⁻²⁵ on sm_90). Blocks where
-that is too much (`is_direct`), and all fp32 inputs, take the direct path: the prior evaluated for each pair of query and
-key.
+that is too much (`is_direct`), and all fp32 inputs, take the direct path: the prior evaluated for each pair of query
+and key.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ MAX_SPLITS = 32  # programs that share a block of queries or a tile of keys
 PROGRAM_TRIPS, MERGE_TRIPS, MERGED_PROGRAM_TRIPS = 5.0, 3.0, 3.0
 
 # Largest term of the expanded prior, which errs near the centre by 0.7 · 2⁻²⁴ of it (root mean square, sm_80) and at
-# most by 5 · 2⁻²⁴: about a rounding step of P (channels.py). Of fp32 every block is direct, also one whose priors are all switched off.
+# most by 5 · 2⁻²⁴: about a rounding step of P (channels.py). Of fp32 every block is direct, also one whose priors are
+# all switched off.
 DIRECT_LIMITS = {torch.float16: 8192.0, torch.bfloat16: 32768.0, torch.float32: -1.0}
 LOG2E = math.log2(math.e)
 
