@@ -56,7 +56,11 @@ def test_operator_passes_opcheck_with_frozen_inputs(
 @pytest.mark.parametrize("part", ["grid", "image_sizes", "valid_shapes", "key_padding_mask"])
 def test_full_graph_compiles_once_for_all_grids_batches_and_queries(part: str, device: torch.device) -> None:
     prior = SpatialPrior(8, 2, (8, 32)).to(device)
-    compiled = torch.compile(prior, fullgraph=True, dynamic=True, backend="inductor" if ON_GPU else "aot_eager")
+    backend, options = "aot_eager", None
+    if ON_GPU:
+        # Where it finds that faster, inductor of torch 2.11 pads a product, and takes its first stride for fixed.
+        backend, options = "inductor", {"shape_padding": False}
+    compiled = torch.compile(prior, fullgraph=True, dynamic=True, backend=backend, options=options)
     stance = "default"
     # Dynamo takes sizes that are equal at first for one: these all differ, and none is 2.
     for batch, queries, shapes in [(3, 10, ((6, 7), (4, 5))), (4, 7, ((9, 5), (3, 8))), (5, 4, ((6, 3), (3, 4)))]:
