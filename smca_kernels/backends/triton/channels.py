@@ -278,8 +278,8 @@ def is_direct(p_x, p_y, e_x, e_y, n_x, n_y, across, down, inverse_scale, limit):
     of_y = largest_term(p_y, e_y, n_y, down)
     # One comparison each: a maximum would pass over what is not a number.
     fits = (of_x <= limit) & (of_y <= limit) & (across <= MAX_SIDE) & (down <= MAX_SIDE)
-    # Half of what the base can be, which is stored by units of ONE_UNIT; then the other coefficients.
-    fits &= (of_x * inverse_scale < 0.5 * ONE_UNIT * MASKED) & (of_y * inverse_scale < 0.5 * ONE_UNIT * MASKED)
+    # The base, stored by units of ONE_UNIT, is both and a log-sum-exp at most; then the other coefficients.
+    fits &= (of_x * inverse_scale < 0.25 * ONE_UNIT * MASKED) & (of_y * inverse_scale < 0.25 * ONE_UNIT * MASKED)
     linear = tl.maximum(p_x * tl.abs(e_x), p_y * tl.abs(e_y))
     fits &= tl.maximum(SQUARE_UNIT * tl.maximum(p_x, p_y), 2.0 * linear) * inverse_scale < MASKED
     return warp_any(tl.max((~fits).to(tl.int32), 0))

@@ -289,6 +289,30 @@ def test_a_block_is_direct_where_positions_or_coefficients_do_not_fit(change, wi
     assert out.item() == direct
 
 
+def test_coefficients_of_a_block_that_is_not_direct_fit_float16(device):
+    across, down = 84, 50
+    taken = torch.empty(1, dtype=torch.int32, device=device)
+    not_direct = 0
+    for draw in range(60):
+        inverse_scale = 2.0 ** (10 * torch.rand(1).item())
+        side = torch.tensor([[across], [down]])
+        e = (torch.rand(2, ROWS) - 0.5) * 20 * side  # far outside, where the base is the largest term
+        n = torch.stack([nearest_twin(e[0] + across // 2, across), nearest_twin(e[1] + down // 2, down)]) - side // 2
+        # Together the largest terms of the first query's axes are about as much as its base may be, or less.
+        p = torch.full((2, ROWS), 1e-3)
+        largest = torch.stack(
+            [largest_term_twin(*each) for each in zip(torch.ones(2, ROWS), e, n, (84, 50), strict=True)]
+        )
+        share = 0.47 + 0.03 * torch.rand(1) if draw % 2 else torch.rand(1) / 2
+        p[:, 0] = share * 16 * 65504.0 / inverse_scale / largest[:, 0]
+        is_direct_kernel[(1,)](taken, torch.cat([p, e, n]).to(device), across, down, inverse_scale, 1e30, ROWS)
+        if not taken.item():
+            not_direct += 1
+            log_sum = torch.full((ROWS,), 65503.0)
+            assert coefficients_of(device, *(p * inverse_scale), *e, *n, log_sum).isfinite().all()
+    assert not_direct > 0
+
+
 def test_rows_see_their_nearest_cell_and_the_direct_prior(device):
     side = 7
     prior = torch.randn(3, ROWS) * 10.0 ** torch.randint(-4, 4, (3, ROWS))
