@@ -82,13 +82,14 @@ def smca_step(inputs: CaseInputs) -> Callable[[], object]:
 
 def plain_step(workload: Workload, dtype: str, device: torch.device) -> Callable[[], object]:
     """The three kernels of flash attention without a prior, on whole tiles."""
+    from smca_kernels.backends.triton.configurations import has_warp_groups
     from smca_kernels.tools.cost import plain
 
     arch = 10 * torch.cuda.get_device_capability(device)[0]
     shapes = {
         kernel: by_head_dim[min(limit for limit in by_head_dim if limit >= workload.head_dim)]
         for kernel in plain.KERNELS
-        for by_head_dim in [plain.SHAPES[kernel, arch >= 90]]
+        for by_head_dim in [plain.SHAPES[kernel, has_warp_groups(arch)]]
     }
     of_queries, of_keys = (max(each) for each in zip(*((s.block_n, s.keys) for s in shapes.values()), strict=True))
     queries, keys = -(-workload.queries // of_queries) * of_queries, -(-workload.keys // of_keys) * of_keys

@@ -114,7 +114,7 @@ def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, pla
         # A window's arithmetic is per query: more warps would repeat it, but fp32 queries need their registers.
         warps = 4
         if kernel == "window":
-            warps = max(1, head_dim // 32) if dtype == torch.float32 else 1
+            warps = max(1, _block_d(head_dim) // 32) if dtype == torch.float32 else 1
         return replace(
             configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
         )
@@ -143,6 +143,10 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _block_d(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def constants(
     kernel: str, chosen: Configuration, dtype: torch.dtype, head_dim: int, unit: int, precision: str
 ) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def constants(
     arguments: dict[str, Any] = {
         "UNIT": unit,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
+        "BLOCK_D": _block_d(head_dim),
         "BLOCK_N": chosen.block_n,
     }
     if kernel in TILED:
@@ -203,8 +207,7 @@ def _launch_arguments(
 @cache
 def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     """Compile-time arguments and launch options for merging what a kernel's splits have left."""
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
-    sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "ROWS": MERGED_ROWS}
+    sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "ROWS": MERGED_ROWS}
     return sizes | {"num_warps": 4, "num_stages": 1}
 
 

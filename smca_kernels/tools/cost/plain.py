@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from smca_kernels.backends.triton.configurations import has_warp_groups
 from smca_kernels.tools.cost.specializations import Specialization
 
 
@@ -124,7 +125,7 @@ def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization
     channels = max(16, 1 << (head_dim - 1).bit_length())
     found = []
     for kernel in KERNELS:
-        by_head_dim = SHAPES[kernel, arch >= 90]
+        by_head_dim = SHAPES[kernel, has_warp_groups(arch)]
         shape = by_head_dim[min(limit for limit in by_head_dim if limit >= channels)]
         found.append(specialization(kernel, dtype, channels, shape))
     return found

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import torch
 from filelock import FileLock
 
 pytest.importorskip("triton")
 
+from smca_kernels.backends.triton.configurations import TILED, configuration
 from smca_kernels.tools.cost import specializations
 from smca_kernels.tools.cost.report import Row, compile_report
 from smca_kernels.tools.cost.specializations import ARGUMENT_TYPES, PASSES
@@ -43,6 +45,23 @@ def test_pointers_to_inputs_take_their_dtype(dtype: str) -> None:
     (forward,) = (each for each in specializations.specializations(80, dtype, 32) if each.pass_ == "forward")
     kinds = [forward.signature[name] for name in ("query", "out", "lse", "valid_shapes", "g0", "heads", "log2_scale")]
     assert kinds == [f"*{dtype}", f"*{dtype}", "*fp32", "*i64", "i64", "i32", "fp32"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_configurations_are_what_triton_takes_at_every_head_dim(dtype: torch.dtype):
+    for arch in (75, 80, 86, 90, 100, 120):
+        for head_dim in range(1, 129):
+            chosen = [configuration(name, arch, dtype, head_dim) for name in (*TILED, "prepare", "survey", "window")]
+            assert all(each.num_warps in (1, 2, 4, 8) for each in chosen)
+            # They share what is stored of a block of queries.
+            assert len({each.block_n for each in chosen}) == 1
+
+
+def test_cards_without_products_of_warp_groups_are_configured_as_those_before_hopper():
+    for name in TILED:
+        for dtype in (torch.float16, torch.float32):
+            assert configuration(name, 120, dtype, 64) == configuration(name, 86, dtype, 64)
+            assert configuration(name, 100, dtype, 64) == configuration(name, 90, dtype, 64)
 
 
 # fp16 and bf16 take the same configuration and the same registers; both are compiled where a bar names them.
