@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from devices import COMPILER, needs_gpu
+from launch_recorder import Recorder
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -366,17 +366,6 @@ def test_autocast_casts_query_key_value_and_leaves_the_prior(
 
 
 # --- launches ---
-
-
-class Recorder:
-    """Stands in for a kernel: keeps the arguments of each launch and computes nothing."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.names = list(kernel.arg_names)
-        self.launches: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.launches.append(dict(zip(self.names, args, strict=False)) | kwargs)
 
 
 MODULES = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from devices import needs_gpu
+from launch_recorder import Recorder
 from prior_problems import DTYPES, GRIDS, OPTIONS, OUTPUTS, make_prior, make_problem, operators
 from torch import Tensor
 
@@ -45,17 +45,6 @@ def test_the_backward_is_one_operator_call(device: torch.device, generator: torc
     names = operators(lambda: torch.autograd.backward(output, problem.upstream))
     # "detach" is how the gradients of leaves are kept.
     assert [name for name in names if name != "detach"] == ["prior_backward"]
-
-
-class Recorder:
-    """Stands in for a kernel: keeps the arguments of each launch and computes nothing."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.names = list(kernel.arg_names)
-        self.launches: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.launches.append(dict(zip(self.names, args, strict=False)) | kwargs)
 
 
 KERNELS = ("prior_kernel", "prior_backward_kernel")
