@@ -30,6 +30,16 @@ def is_traced(tensor: Tensor) -> bool:
     return looked_at or torch._C._len_torch_dispatch_stack() > 0
 
 
+def needs_operator(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether a backward of these gradients has to be an operator's.
+
+    A graph of it is wanted, which the operator refuses to be, it is one of many in a batch, or something looks on.
+    """
+    present = [gradient for gradient in gradients if gradient is not None]
+    is_batched = any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in present)
+    return torch.is_grad_enabled() or is_batched or any(is_traced(gradient) for gradient in present[:1])
+
+
 def folding_rule(call: Callable[..., Any], tensors: int) -> Rule:
     """The rule of vmap for a call whose first `tensors` arguments are tensors [B, ...] or None.
 

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.folding import folding_rule, in_transform, is_traced, save_nothing, transformable
+from smca_kernels.backends.folding import (
+    folding_rule,
+    in_transform,
+    is_traced,
+    needs_operator,
+    save_nothing,
+    transformable,
+)
 from smca_kernels.backends.sdpa.backward import backward
 from smca_kernels.backends.sdpa.forward import (
     combine_scales,
@@ -128,8 +135,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         flat = _saved_arguments(ctx)
-        # A graph of this backward is wanted, which the operator's refuses to be, or it is one of many in a batch.
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_out):
+        if needs_operator((grad_out,)):
             gradients = _backward_operator(grad_out, *flat)
         else:
             gradients = backward(grad_out, AttentionInputs.of_flat(flat))

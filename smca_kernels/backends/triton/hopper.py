@@ -9,7 +9,7 @@ comes with two ptxas: up to 3.8 it takes the older one for Hopper, from 3.9 on t
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ MIN_PTXAS = (13, 3)
 MIN_TRITON = (3, 7)
 
 
-@lru_cache(maxsize=1)
+@cache
 def tools() -> tuple[Any, Any]:
     """The tool that Triton takes for Hopper, and the newer of its two."""
     from triton import knobs
@@ -36,6 +36,7 @@ def usable_tool() -> Any:
     return next((tool for tool in tools() if version_of(tool) >= MIN_PTXAS), None)
 
 
+@cache
 def triton_version() -> tuple[int, ...]:
     """Major and minor version of the installed Triton."""
     import triton
@@ -48,6 +49,7 @@ def version_of(tool: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in tool.version.split("."))
 
 
+@cache
 def is_hopper(device: torch.device) -> bool:
     """Whether a device is a Hopper GPU; tensors without storage may be on one where there is none."""
     is_there = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.triton import hopper, locality
+from smca_kernels.backends.triton import locality
 from smca_kernels.backends.triton.channels import AXIS_ROWS, MASKED, MIDDLE, ONE_UNIT, SQUARE_UNIT
 from smca_kernels.backends.triton.configurations import MERGED_ROWS, launch_arguments, merge_arguments
 from smca_kernels.backends.triton.forward import forward_kernel
 from smca_kernels.backends.triton.key_major import key_major_kernel
+from smca_kernels.backends.triton.launcher import launcher
 from smca_kernels.backends.triton.merge import (
     SUMS,
     merge_key_gradients_kernel,
@@ -92,14 +94,10 @@ def packed_grids(spatial_shapes: SpatialShapes) -> list[int]:
     return grids + [1 << 32 | 1] * (MAX_SCALES - len(grids))
 
 
-@contextmanager
-def device_of(tensor: Tensor) -> Iterator[None]:
-    """Launch kernels on a tensor's device, compiled by a ptxas that is right on it."""
-    if not tensor.is_cuda:
-        yield
-        return
-    with torch.cuda.device(tensor.device), hopper.right_compiler(tensor.device):
-        yield
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch kernels on a tensor's device."""
+    is_current = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(tensor.device)
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -116,6 +114,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
+@lru_cache(maxsize=4096)  # a detector's grids change from batch to batch
 def splits_of(programs: int, trips: int, blocks_per_sm: int, multiprocessors: int) -> int:
     """How many programs share the trips of each of `programs` blocks or tiles: what fills the device's slots best."""
     slots = multiprocessors * blocks_per_sm
@@ -182,7 +181,7 @@ def plan(inputs: AttentionInputs) -> Tensor:
     with device_of(query):
         chosen, compile_time = launch_arguments("survey", query.device, query.dtype, head_dim, unit)
         blocks = -(-queries // chosen.block_n)
-        survey_kernel[(batch * heads * (patches + blocks),)](
+        launcher(survey_kernel)[(batch * heads * (patches + blocks),)](
             key, center, precision, *masks, norms, planned, *strides,
             heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, planned.shape[2],
             sizes.index(max(sizes)), log_tolerance,
@@ -190,7 +189,7 @@ def plan(inputs: AttentionInputs) -> Tensor:
             **compile_time,
         )  # fmt: skip
         chosen, compile_time = launch_arguments("window", query.device, query.dtype, head_dim, unit)
-        window_kernel[(batch * heads * blocks * scales,)](
+        launcher(window_kernel)[(batch * heads * blocks * scales,)](
             query, key, center, precision, *masks, norms, planned, *outer_strides(query, unit), *strides,
             heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, planned.shape[2],
             inputs.scale, log_tolerance,
@@ -237,7 +236,7 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
         partial_lse = lse.new_empty(splits + scales - 1, batch, heads, queries)
     grids = packed_grids(spatial_shapes)
     with device_of(query):
-        forward_kernel[(programs, splits)](
+        launcher(forward_kernel)[(programs, splits)](
             query, key, value, inputs.center, inputs.precision, inputs.scale_weights,
             inputs.valid_shapes, inputs.key_padding_mask, seed, planned,
             position_table(query.device),
@@ -251,7 +250,7 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
             **compile_time,
         )  # fmt: skip
         if splits > 1:
-            merge_outputs_kernel[(batch * heads * -(-queries // MERGED_ROWS),)](
+            launcher(merge_outputs_kernel)[(batch * heads * -(-queries // MERGED_ROWS),)](
                 partial_outputs, partial_lse, inputs.scale_weights, inputs.valid_shapes, planned,
                 out, scale_outputs, lse, *outer_strides(out, unit),
                 heads, prior_heads(inputs)[2], queries, scales, plan_size(queries, scales), splits, *grids,
@@ -323,7 +322,7 @@ def backward(
     with device_of(query):
         row_unit = stride_unit((query, grad_out))
         chosen, compile_time = launch_arguments("prepare", query.device, dtype, head_dim, row_unit)
-        prepare_kernel[(batch * heads * blocks,)](
+        launcher(prepare_kernel)[(batch * heads * blocks,)](
             query, inputs.center, inputs.precision, grad_out, scale_outputs, weights, inputs.valid_shapes, lse, plan,
             ordered_query, weighted_grads, coefficients, terms, direct_blocks, *whole,
             None if weights is None else grad_weights,
@@ -343,7 +342,7 @@ def backward(
             if splits > 1:
                 partial_keys = terms.new_empty(splits, batch, heads, keys, head_dim)
                 partial_values = torch.empty_like(partial_keys)
-            key_major_kernel[(programs, splits)](
+            launcher(key_major_kernel)[(programs, splits)](
                 *of_inputs, weighted_grads, terms, *(whole if plan is not None else (coefficients, direct_blocks)),
                 grad_key, grad_value, partial_keys, partial_values, *strides,
                 *outer_strides(grad_key, unit), *outer_strides(grad_value, unit),
@@ -351,7 +350,7 @@ def backward(
                 **compile_time,
             )  # fmt: skip
             if splits > 1:
-                merge_key_gradients_kernel[(batch * heads * -(-keys // MERGED_ROWS),)](
+                launcher(merge_key_gradients_kernel)[(batch * heads * -(-keys // MERGED_ROWS),)](
                     partial_keys, partial_values, grad_key, grad_value,
                     *outer_strides(grad_key, unit), *outer_strides(grad_value, unit), heads, keys, splits,
                     **merge_arguments(head_dim, unit),
@@ -365,7 +364,7 @@ def backward(
             if splits > 1:
                 partial_queries = terms.new_empty(splits, batch, heads, queries, head_dim)
                 partial_sums = terms.new_empty(splits + scales - 1, batch, heads, queries, SUMS.value)
-            query_major_kernel[(programs, splits)](
+            launcher(query_major_kernel)[(programs, splits)](
                 *of_inputs, weighted_grads, terms, coefficients, direct_blocks,
                 grad_query, grad_center, grad_precision,
                 partial_queries, partial_sums, *strides, *outer_strides(grad_query, unit),
@@ -373,7 +372,7 @@ def backward(
                 **compile_time,
             )  # fmt: skip
             if splits > 1:
-                merge_query_gradients_kernel[(batch * heads * -(-queries // MERGED_ROWS),)](
+                launcher(merge_query_gradients_kernel)[(batch * heads * -(-queries // MERGED_ROWS),)](
                     partial_queries, partial_sums, inputs.precision, inputs.valid_shapes, plan,
                     grad_query, grad_center, grad_precision, *outer_strides(grad_query, unit),
                     heads, prior_heads(inputs)[1], queries, scales, size, splits, inputs.scale, *grids,

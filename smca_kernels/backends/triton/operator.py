@@ -16,6 +16,7 @@ from smca_kernels.backends.folding import (
     folding_rule,
     in_transform,
     is_traced,
+    needs_operator,
     one_by_one_rule,
     save_nothing,
     transformable,
@@ -167,8 +168,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         arguments = _backward_arguments(ctx, saved)
-        # A graph of this backward is wanted, which the operator's refuses to be, or it is one of many in a batch.
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_out):
+        if needs_operator((grad_out,)):
             return _wanted(ctx, saved, _backward(grad_out, *arguments))
         *flat, seed, scale_outputs, lse, plan, needs_query, needs_key = arguments
         inputs = AttentionInputs.of_flat(flat)

@@ -25,9 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smca_kernels.backends.folding import folding_rule, in_transform, save_nothing, transformable
+from smca_kernels.backends.folding import (
+    folding_rule,
+    in_transform,
+    is_traced,
+    needs_operator,
+    save_nothing,
+    transformable,
+)
 from smca_kernels.backends.triton.channels import INTERPRETED, grid_of_scale
 from smca_kernels.backends.triton.launch import device_of, last_axis_contiguous, packed_grids
+from smca_kernels.backends.triton.launcher import launcher
 from smca_kernels.backends.triton.operator import DTYPES
 from smca_kernels.inputs import SpatialShapes, shapes_of_sides
 
@@ -233,7 +241,7 @@ def launch(kernel: Any, inputs: Sequence[Any], others: Sequence[Tensor | None]) 
     # others: the lanes' sums would differ in the last bit, and which of them is stored would be left to chance.
     is_fused = kernel is prior_kernel
     with device_of(raw[0]):
-        kernel[(-(-batch * queries // compile_time["BLOCK_N"]),)](
+        launcher(kernel)[(-(-batch * queries // compile_time["BLOCK_N"]),)](
             *raw, *sizes, *others, *outer, batch * queries, queries, *packed_grids(shapes_of_sides(spatial_shapes)),
             **compile_time, enable_fp_fusion=is_fused,
         )  # fmt: skip
@@ -262,22 +270,30 @@ def _gradients(*inputs):
     return tuple(inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:4])
 
 
-@torch.library.custom_op("smca_kernels::prior", mutates_args=(), schema=f"({INPUTS}) -> {FOUR_TENSORS}")
-def _prior(*inputs):
+def _launch_forward(*inputs):
     results = _results(*inputs)
     launch(prior_kernel, inputs, [t if t.numel() else None for t in results])
     return results
+
+
+def _launch_backward(*arguments):
+    inputs, upstream = arguments[:-4], arguments[-4:]
+    gradients = _gradients(*inputs)
+    others = [None if g is None or not g.numel() else g.contiguous() for g in upstream]
+    launch(prior_backward_kernel, inputs, others + [t if t.numel() else None for t in gradients])
+    return gradients
+
+
+@torch.library.custom_op("smca_kernels::prior", mutates_args=(), schema=f"({INPUTS}) -> {FOUR_TENSORS}")
+def _prior(*inputs):
+    return _launch_forward(*inputs)
 
 
 @torch.library.custom_op(
     "smca_kernels::prior_backward", mutates_args=(), schema=f"({INPUTS}, {UPSTREAM}) -> {FOUR_TENSORS}"
 )
 def _backward(*arguments):
-    inputs, upstream = arguments[:-4], arguments[-4:]
-    gradients = _gradients(*inputs)
-    others = [None if g is None or not g.numel() else g.contiguous() for g in upstream]
-    launch(prior_backward_kernel, inputs, others + [t if t.numel() else None for t in gradients])
-    return gradients
+    return _launch_backward(*arguments)
 
 
 _prior.register_fake(_results)
@@ -290,8 +306,8 @@ def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # what nothing used needs no tensor of zeros
 
 
-def _differentiate(ctx, *upstream):
-    call = _transformable_backward if in_transform() else _backward
+def _differentiate(ctx, *upstream, call=None):
+    call = call or (_transformable_backward if in_transform() else _backward)
     gradients = call(*ctx.saved_tensors, *ctx.configuration, *upstream)
     wanted = ctx.needs_input_grad[:4]
     return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *(None,) * 7
@@ -328,6 +344,20 @@ _transformable_prior = transformable(_prior, _prior_rule, _save_for_backward, _d
 _transformable_backward = transformable(_backward, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
+class _EagerPrior(torch.autograd.Function):
+    """The operator without its dispatch, which takes longer than the launch."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        results = _launch_forward(*inputs)
+        _save_for_backward(ctx, inputs, results)
+        return results
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        return _differentiate(ctx, *upstream, call=_backward if needs_operator(upstream) else _launch_backward)
+
+
 def prior(
     logits: Tensor,  # [B, N, 2]
     offset: Tensor | None,  # [B, N, S · H · 2]
@@ -340,7 +370,8 @@ def prior(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Center and precision [B, H, N, S, 2], scale weights [B, 1, N, S] and logits, all in fp32."""
     flat = [side for shape in spatial_shapes for side in shape]
-    center, precision, weights, wide = (_transformable_prior if in_transform() else _prior)(
+    call = _prior if is_traced(logits) else _transformable_prior if in_transform() else _EagerPrior.apply
+    center, precision, weights, wide = call(
         logits, offset, object_scale, selection, image_sizes, valid_shapes, flat, *configuration
     )
     return center, precision, None if selection is None else weights, logits if logits.dtype == torch.float32 else wide

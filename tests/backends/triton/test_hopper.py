@@ -22,6 +22,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str, str
     """Pretends a card of a capability and the versions of Triton's two tools, of which Hopper gets the first."""
 
     def pretend(capability: tuple[int, int], first: str, second: str) -> None:
+        monkeypatch.setattr(hopper, "is_hopper", hopper.is_hopper.__wrapped__)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         tools = tuple(SimpleNamespace(path=f"/{version}", version=version) for version in (first, second))
