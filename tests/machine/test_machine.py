@@ -97,6 +97,7 @@ WGMMA = (
     "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r20, %r21, %r22, %r23}, %rd4, %rd5, 0, 1, 1, 0, 0; "
     "wgmma.commit_group.sync.aligned; "
 )
+SUM = "mul.f32 %r7, %r1, %r2; shfl.sync.bfly.b32 %r8, %r7, 1, 31, -1; {}"
 OWN_16_BYTES = "shl.b32 %r8, %r1, 4; add.s32 %r9, %r3, %r8;"
 FENCE, BARRIER, WAIT = "fence.proxy.async.shared::cta;", "bar.sync 0;", "wgmma.wait_group.sync.aligned 0;"
 
@@ -123,6 +124,10 @@ WRITTEN: dict[str, tuple[int, str, set[str]]] = {
         32, "st.global.b32 [%rd1], %r1;", {"threads write different values"}
     ),
     "lanes store the same word to one global place": (32, "st.global.b32 [%rd1], %r3;", set()),
+    "lanes add a product of their own, unrounded": (
+        32, SUM.format("fma.rn.f32 %r9, %r1, %r2, %r8;"), {"lanes disagree"}
+    ),
+    "lanes add what they have shuffled": (32, SUM.format("add.f32 %r9, %r7, %r8;"), set()),
     "shared memory read, never written": (32, "ld.shared.b32 %r6, [%r4];", {"initcheck shared"}),
     "shared memory beyond its size": (32, "st.shared.b32 [%r4+8192], %r1;", {"memcheck shared"}),
     "shared address misaligned": (32, "st.shared.b32 [%r4+2], %r1;", {"misaligned shared"}),

@@ -28,6 +28,7 @@ class Configuration:
     max_registers: int | None = None  # of a thread: what lets one more block run on an SM
     blocks_per_sm: int = 1
     tile_n: int = 64  # queries of a tile of the key-major kernel, a part of block_n
+    fuses: bool = True  # whether products and sums may be contracted to multiply-adds
 
 
 # (kernel, has_warp_groups) → head dimension up to which a configuration holds, for half precision. Each is the fastest
@@ -115,9 +116,9 @@ def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, pla
         warps = 4
         if kernel == "window":
             warps = max(1, _block_d(head_dim) // 32) if dtype == torch.float32 else 1
-        return replace(
-            configuration("forward", arch, dtype, head_dim), num_warps=warps, num_stages=1, max_registers=None
-        )
+        # A plan sums squares over lanes: contracted, the lanes would end with different bits (prior.launch).
+        like = configuration("forward", arch, dtype, head_dim)
+        return replace(like, num_warps=warps, num_stages=1, max_registers=None, fuses=kernel == "prepare")
     if arch < 80:
         by_head_dim = FMA_CONFIGURATIONS
     elif dtype == torch.float32:
@@ -173,7 +174,7 @@ def constants(
 
 def launch_options(chosen: Configuration) -> dict[str, Any]:
     """What Triton compiles a configuration with, beside its compile-time arguments."""
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": chosen.fuses}
     return options if chosen.max_registers is None else options | {"maxnreg": chosen.max_registers}
 
 

@@ -23,7 +23,8 @@ What is checked, and reported as a fault of a kind of `memory.KINDS`:
   storage, outside of the shared memory that was asked for, and misaligned ones;
 - initcheck: reads of what torch.empty left, of shared memory that nobody wrote, and results with unwritten bytes;
 - racecheck: two warps between barriers, two lanes of a warp without bar.warp.sync, two CTAs without a release and an
-  acquire; threads of one instruction that write different values to one place;
+  acquire; threads of one instruction that write different values to one place, and sums over lanes that end with
+  different bits;
 - cp.async: bytes of a copy that is under way, read, written, or left at the end;
 - wgmma: shared memory and registers that one under way uses, descriptors that are not uniform;
 - proxy fences: a wgmma that reads what was written with no fence.proxy.async since;

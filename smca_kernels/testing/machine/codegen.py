@@ -15,6 +15,7 @@ import numpy as np
 
 from smca_kernels.testing.machine import arithmetic
 from smca_kernels.testing.machine.arithmetic import Array
+from smca_kernels.testing.machine.contraction import contracted_sums
 from smca_kernels.testing.machine.emitter import BITS, PARAMETERS, TEMPORARIES, VIEWS, Emitter
 from smca_kernels.testing.machine.instructions import BYTES, HANDLERS
 from smca_kernels.testing.machine.interfaces import Lanes
@@ -63,6 +64,7 @@ class Program:
         self.constants: dict[tuple[int, str, str], str] = {}  # bits, class, view → name
         self.specials: dict[str, str] = {}  # %tid.x → name
         self.labels = {block.label: n for n, block in enumerate(self.kernel.blocks)}
+        self.contracted = contracted_sums(self.instructions)
         self.granule = min([4, *map(self._shared_width, self.instructions)])
         self.wgmma_registers = {
             item.name

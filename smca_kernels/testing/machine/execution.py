@@ -29,6 +29,9 @@ def run_launch(
     shared_bytes: int, faults: Faults, order: Array, at_once: int = 4,
 ) -> None:  # fmt: skip
     """Run all CTAs of a launch in an order of their numbers, `at_once` together, and write the regions back."""
+    for instruction in program.contracted:
+        where = program.kernel.name, instruction.text, instruction.source
+        faults.add(Fault("lanes disagree", *where, 0, 0, "in all of its sums over lanes"))
     memory = GlobalMemory(regions)
     machine: Machine | None = None
     with np.errstate(all="ignore"):

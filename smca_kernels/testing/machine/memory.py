@@ -30,6 +30,7 @@ KINDS = {
     "initcheck": "a read of global memory that torch.empty left and nobody wrote",
     "racecheck global": "an access after a write that no barrier, and no release and acquire, orders before it",
     "threads write different values": "one instruction's threads write one place: which value stays is undefined",
+    "lanes disagree": "a sum over lanes of which each adds its own product unrounded: they end with different bits",
     "memcheck shared": "a shared access beyond the size that the kernel asks for",
     "misaligned shared": "a shared address that is no multiple of the access's width",
     "initcheck shared": "a read of shared memory that nobody wrote",
