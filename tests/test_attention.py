@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smca_kernels import SpatialPrior, attention_map, backends, explain_backend, smca_attention
 from smca_kernels import attention as attention_module
-from smca_kernels.backends import reference
+from smca_kernels.backends import devices, reference
 from smca_kernels.backends.sdpa import operator as sdpa
 from smca_kernels.inputs import AttentionInputs
 
@@ -361,7 +361,7 @@ def triton_serves(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def set_capability(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(devices, "capability", lambda device: (major, 0))
 
 
 def test_the_cpu_is_served_by_sdpa_and_never_by_the_interpreter(generator: torch.Generator) -> None:

@@ -11,11 +11,11 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from smca_kernels.backends import reference
+from smca_kernels.backends.devices import reaches_tensor_cores
 from smca_kernels.backends.sdpa import operator as sdpa_operator
 from smca_kernels.inputs import AttentionInputs
 
@@ -89,8 +89,3 @@ def objection(name: str, inputs: AttentionInputs) -> str | None:
         if not reaches_tensor_cores(query.device):
             return "Triton's tl.dot does not reach the tensor cores below sm_80; torch's SDPA is faster on this device"
     return unsupported(name, inputs)
-
-
-def reaches_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton's products run on the tensor cores of a CUDA device."""
-    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 8

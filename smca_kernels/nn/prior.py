@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from smca_kernels.autocast import autocast_off
-from smca_kernels.backends import BACKENDS, check_triton, reaches_tensor_cores
+from smca_kernels.backends import BACKENDS, check_triton
+from smca_kernels.backends.devices import reaches_tensor_cores
 from smca_kernels.inputs import SpatialShapes, ValidShapes, check_spatial_shapes, check_valid_shapes
 from smca_kernels.nn.checks import (
     check_choice,

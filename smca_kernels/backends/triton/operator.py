@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smca_kernels.backends.devices import capability
 from smca_kernels.backends.folding import (
     folding_rule,
     in_transform,
@@ -208,7 +209,7 @@ def unsupported(inputs: AttentionInputs) -> str | None:
         return f"needs at least one image and one query; query is {list(query.shape)}"
     if query.dtype not in DTYPES:
         return f"serves float16, bfloat16 and float32; query is {query.dtype}"
-    if query.is_cuda and query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.is_cuda and query.dtype == torch.bfloat16 and capability(query.device) < (8, 0):
         return "needs compute capability 8.0 for bfloat16"
     if not 2.0**-20 <= scale <= 2.0**20:
         return f"divides the prior by the softmax scale, which must be in [2^-20, 2^20]; it is {scale}"

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smca_kernels.backends.devices import capability
 from smca_kernels.backends.folding import (
     folding_rule,
     in_transform,
@@ -388,7 +389,7 @@ def unsupported(raw: Sequence[Tensor], image_sizes: Tensor | None) -> str | None
     for dtype in [t.dtype for t in raw]:
         if dtype not in DTYPES:
             return f"serves float16, bfloat16 and float32; the prior's projections are {dtype}"
-        if dtype == torch.bfloat16 and logits.is_cuda and torch.cuda.get_device_capability(logits.device) < (8, 0):
+        if dtype == torch.bfloat16 and logits.is_cuda and capability(logits.device) < (8, 0):
             return "needs compute capability 8.0 for bfloat16"
     if image_sizes is not None and image_sizes.requires_grad:
         return "has no gradient to image_sizes"

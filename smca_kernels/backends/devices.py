@@ -1,0 +1,23 @@
+"""What a GPU can do, asked once: a small call would feel the question."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers can't trace a cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device: (8, 0) for sm_80."""
+    return _capability(device)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def reaches_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's products run on the tensor cores of a CUDA device."""
+    return torch.version.hip is None and capability(device) >= (8, 0)
