@@ -7,10 +7,10 @@ from functools import cache
 import torch
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers can't trace a cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device: (8, 0) for sm_80."""
-    return _capability(device)
+    # Compilers can't trace a cache.
+    return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _capability(device)
 
 
 @cache

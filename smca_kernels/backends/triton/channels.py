@@ -54,6 +54,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def precise_dot(a, b, acc, PRECISION: tl.constexpr):
+    """`dot` for sums that may be of one product, or cancel: tf32x3 errs by up to 2⁻²¹ of a product, bf16x6 as fp32."""
+    if PRECISION == "tf32x3":
+        return dot(a, b, acc, "bf16x6")
+    else:
+        return dot(a, b, acc, PRECISION)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x in the dtype of an operand; the interpreter would cut fp32 off to bfloat16 where a GPU rounds to nearest."""
     if INTERPRETED and x.dtype == tl.float32 and dtype == tl.bfloat16:

@@ -77,7 +77,7 @@ FMA_CONFIGURATIONS = {
     32: Configuration(32, 16, 16, 2, 1, blocks_per_sm=4, tile_n=32),
     128: Configuration(32, 16, 16, 2, 2, blocks_per_sm=2, tile_n=32),
 }
-# The same of fp32, whose products are three of TF32 on the tensor cores. Its tiles are those of the direct path: of
+# The same of fp32, whose products are several on the tensor cores. Its tiles are those of the direct path: of
 # `direct` keys, in the key-major kernel of `keys` and `direct` queries.
 FLOAT32_CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
     ("forward", False): {
@@ -103,6 +103,7 @@ FLOAT32_CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
         128: FMA_CONFIGURATIONS[128],
     },
     ("key_major", True): {
+        32: Configuration(64, 64, 32, 4, 1, 168, 3, tile_n=32),
         64: Configuration(64, 64, 32, 4, 1, None, 2, tile_n=32),
         128: Configuration(64, 64, 16, 4, 1, None, 1, tile_n=16),
     },
@@ -215,8 +216,8 @@ def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
 def dot_precision(arch: int, dtype: torch.dtype, chosen: Configuration) -> str:
     """How products of fp32 are made, which obey torch.set_float32_matmul_precision.
 
-    "highest": in fp32, or on tensor cores as three products of TF32, of the high and low parts of both operands, which
-    leave out 2⁻²² of a product. Anything lower may use TF32.
+    "highest": in fp32, or on tensor cores as three products of TF32, of the high and low parts of both operands
+    (`channels.precise_dot` where that is not enough). Anything lower may use TF32.
     """
     if dtype != torch.float32 or arch < 80:
         return "ieee"

@@ -24,6 +24,7 @@ from smca_kernels.backends.triton.channels import (
     load_rows,
     nearest_cell,
     opaque,
+    precise_dot,
     rounded,
     store_rows,
     valid_part,
@@ -233,7 +234,7 @@ def key_major_kernel(
                     else:
                         inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
                         p = tl.exp2(logits * log2_scale + tl.where(inside, 0.0, -1e30)[:, None])
-                dp = dot(v, tl.trans(do), None, PRECISION)
+                dp = precise_dot(v, tl.trans(do), None, PRECISION)
                 if seed is not None:
                     row = tl.minimum(n, queries - 1)
                     if plan is not None:
@@ -241,11 +242,11 @@ def key_major_kernel(
                     row_key = dropout_row_key(drop_seed, batch_head, row)
                     kept = keeps(row_key[None, :], dropout_key_key(key_index)[:, None], dropout_threshold)
                     dp = tl.where(kept, dp, 0.0)
-                    dv = dot(rounded(tl.where(kept, p, 0.0), do.dtype), do, dv, PRECISION)
+                    dv = precise_dot(rounded(tl.where(kept, p, 0.0), do.dtype), do, dv, PRECISION)
                 else:
-                    dv = dot(rounded(p, do.dtype), do, dv, PRECISION)
+                    dv = precise_dot(rounded(p, do.dtype), do, dv, PRECISION)
                 ds = p * (dp - delta[None, :])
-                dk = dot(rounded(ds, q.dtype), q, dk, PRECISION)
+                dk = precise_dot(rounded(ds, q.dtype), q, dk, PRECISION)
 
     batch_head = (opaque(tl.program_id(0)) // tiles_per_head).to(tl.int64)
     b = batch_head // heads

@@ -30,6 +30,7 @@ from smca_kernels.backends.triton.channels import (
     nearest_cell,
     next_cells,
     opaque,
+    precise_dot,
     queries_of_block,
     rounded,
     run_of_split,
@@ -172,7 +173,7 @@ def query_major_kernel(
                             of_moments = load_features(positions, x - origin_x, y - origin_y, counts, True)
                         logits = dot(prior, tl.trans(features), dot(q, tl.trans(k), None, PRECISION), PRECISION)
                         p = tl.exp2(logits * log2_scale)
-                        dp = dot(do, tl.trans(v), None, PRECISION)
+                        dp = precise_dot(do, tl.trans(v), None, PRECISION)
                         if seed is not None:
                             kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                             dp = tl.where(kept, dp, 0.0)
@@ -224,7 +225,7 @@ def query_major_kernel(
                     logits -= direct_prior(p_x[:, None], from_x, c_x[:, None])
                     logits -= direct_prior(p_y[:, None], from_y, c_y[:, None])
                     p = tl.where(counts[None, :], tl.exp2(logits), 0.0)
-                    dp = dot(do, tl.trans(v), None, PRECISION)
+                    dp = precise_dot(do, tl.trans(v), None, PRECISION)
                     if seed is not None:
                         kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                         dp = tl.where(kept, dp, 0.0)

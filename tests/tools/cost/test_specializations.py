@@ -97,14 +97,16 @@ def real_rows(tmp_path_factory: pytest.TempPathFactory) -> RowsOf:
     return of
 
 
-# (arch, head_dim, kernel) → bytes that it may spill where an H100 or H200 ran it faster so (docs/kernels.md): because
-# one more block fits on an SM, or in fp32 because larger tiles take less work.
+# (arch, head_dim, kernel) → bytes that it may spill where an H100 or H200 ran it faster so (docs/kernels.md), because one
+# more block fits on an SM.
 MEASURED_FASTER = {(90, 32, "forward"): 96, (90, 64, "query_major"): 96}
-MEASURED_FASTER_IN_FP32 = {(90, 64, "query_major"): 160, (90, 64, "key_major"): 24}
 # The same where it is only simulated to be faster: of half precision three times, as tiles of fewer keys fill no wgmma;
-# of fp32 almost twice, as products are no longer FMAs.
+# of fp32 by a seventh at head_dim 32, as one more block fits, and by half beyond, as larger tiles take less work.
 SIMULATED_FASTER = {(90, 128, "key_major"): 240}
-SIMULATED_FASTER_IN_FP32 = {(80, 64, "query_major"): 40, (80, 64, "key_major"): 56}
+SIMULATED_FASTER_IN_FP32 = {
+    (90, 32, "key_major"): 24, (90, 64, "query_major"): 224, (90, 64, "key_major"): 72,
+    (80, 64, "query_major"): 56, (80, 64, "key_major"): 64,
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -117,7 +119,7 @@ def test_no_spills_but_where_it_is_faster(arch: int, dtype: str, head_dim: int, 
         name = row["kernel"].removeprefix("planned ")
         faster = MEASURED_FASTER | SIMULATED_FASTER
         if dtype == "fp32":
-            faster = MEASURED_FASTER_IN_FP32 | SIMULATED_FASTER_IN_FP32
+            faster = SIMULATED_FASTER_IN_FP32
         allowed = faster.get((arch, head_dim, name), 0)
         assert row["spill_bytes"] <= allowed, row["kernel"]
         assert row["local_bytes"] <= allowed, row["kernel"]
