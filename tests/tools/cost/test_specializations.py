@@ -97,8 +97,8 @@ def real_rows(tmp_path_factory: pytest.TempPathFactory) -> RowsOf:
     return of
 
 
-# (arch, head_dim, kernel) → bytes that it may spill where an H100 or H200 ran it faster so (docs/kernels.md), because one
-# more block fits on an SM.
+# (arch, head_dim, kernel) → bytes that it may spill where an H100 or H200 ran it faster so (docs/kernels.md), because
+# one more block fits on an SM.
 MEASURED_FASTER = {(90, 32, "forward"): 96, (90, 64, "query_major"): 96}
 # The same where it is only simulated to be faster: of half precision three times, as tiles of fewer keys fill no wgmma;
 # of fp32 by a seventh at head_dim 32, as one more block fits, and by half beyond, as larger tiles take less work.
