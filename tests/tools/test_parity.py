@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_a_backend_that_is_wrong_is_status_1_and_named_in_every_report(
     monkeypatch.setattr(sdpa, "attention", wrong_attention)
     files = ["--json", str(tmp_path / "a.json"), "--junit", str(tmp_path / "a.xml")]
     assert run_parity("--backend", "sdpa", "--dtype", "float32", *files) == 1
-    assert "FAILED output: error" in capsys.readouterr().out
+    assert re.search(r"FAILED seed \d+: output: error", capsys.readouterr().out)
     report = json.loads((tmp_path / "a.json").read_text())
     assert [row["status"] for row in report["rows"]] == ["failed", "failed"]
     assert report["rows"][0]["tensors"]["output"]["ratio"] > 1
@@ -82,7 +83,7 @@ def test_a_crash_is_status_1_and_hides_no_other_case(
     monkeypatch.setattr(sdpa, "attention", crash_on_one_scale)
     assert run_parity("--backend", "sdpa", "--dtype", "float32") == 1
     out = capsys.readouterr().out
-    assert "error: RuntimeError: out of luck" in out
+    assert re.search(r"error: seed \d+: RuntimeError: out of luck", out)
     assert "1 passed, 0 failed, 1 error" in out
 
 
@@ -139,6 +140,30 @@ def test_the_same_seed_gives_the_same_report_and_another_does_not(tmp_path: Path
     assert tensors("3") != tensors("4")
 
 
+@pytest.mark.usefixtures("two_cases")
+def test_draws_are_of_the_seeds_that_follow_and_a_failure_names_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    calls = 0
+
+    def wrong_in_one_draw(inputs: AttentionInputs) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return wrong_attention(inputs) if calls == 2 else reference.attention(inputs)
+
+    monkeypatch.setattr(sdpa, "attention", wrong_in_one_draw)
+    arguments = ["--backend", "sdpa", "--dtype", "float32", "--quick", "--json", str(tmp_path / "report")]
+    assert run_parity(*arguments, "--seed", "7", "--draws", "3") == 1
+    assert calls == 3
+    out = capsys.readouterr().out
+    assert "FAILED seed 8: output" in out
+    assert "seed 7: " not in out
+    assert "seed 9: " not in out
+    report = json.loads((tmp_path / "report").read_text())
+    assert (report["seed"], report["draws"]) == (7, 3)
+    assert report["rows"][0]["tensors"]["output"]["ratio"] > 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,7 +178,17 @@ def test_arguments_that_can_not_work_raise_before_any_case(arguments: list[str],
         run_parity(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--seed", "x"], ["--dtype", "int8"], ["--backend", "auto"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--seed", "-1"],
+        ["--seed", "x"],
+        ["--dtype", "int8"],
+        ["--backend", "auto"],
+        ["--draws", "0"],
+        ["--draws", "many"],
+    ],
+)
 def test_arguments_out_of_range_are_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         run_parity(*arguments)

@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="a torch device; default: cuda if there is one, else cpu")
     parser.add_argument("--seed", type=_seed, help="an integer from 0 to 2**31 - 1; default: a fresh one, printed")
+    parser.add_argument(
+        "--draws", type=_draws, default=1, metavar="N", help="run each case with N seeds, from --seed on; default: 1"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
 
@@ -55,6 +58,12 @@ def _seed(text: str) -> int:
     if not 0 <= seed < 2**31:
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**31 - 1, got {text!r}")
     return seed
+
+
+def _draws(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 2**31 - 1, got {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,17 +83,19 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    seeds = range(seed, seed + args.draws)
     environment = _environment(device)
     if args.compiled is not None:
         environment["compiled"] = f"sm_{args.compiled}"
     print(" · ".join(f"{name} {value}" for name, value in environment.items()))
-    print(f"seed {seed} (repeat with --seed {seed}); numbers are error / budget, at most 1 passes\n")
+    each = f"; {args.draws} draws a case, from this seed on" * (args.draws > 1)
+    print(f"seed {seed} (repeat with --seed {seed}){each}; numbers are error / budget, at most 1 passes\n")
     print_header()
     if args.compiled is not None:
-        rows = run_compiled(args.compiled, args.quick, seed, args.dtype, print_row)
+        rows = run_compiled(args.compiled, args.quick, seeds, args.dtype, print_row)
     else:
         cases = [case for case in CASES if case.quick or not args.quick]
-        rows = _run_cases(args.backend or BACKENDS, args.dtype, cases, device, seed)
+        rows = _run_cases(args.backend or BACKENDS, args.dtype, cases, device, seeds)
     print_summary(rows)
     if args.compiled is not None:
         print(f"\n{OUTSIDE}")
@@ -92,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
     for name in idle:
         print(f"no case ran on {name}")
     if args.json is not None:
-        write_text(args.json, json.dumps(json_report(rows, seed, environment), indent=2) + "\n")
+        write_text(args.json, json.dumps(json_report(rows, seeds, environment), indent=2) + "\n")
     if args.junit is not None:
-        write_text(args.junit, junit_report(rows, seed, environment))
+        write_text(args.junit, junit_report(rows, seeds, environment))
     passed = any(row.ran for row in rows) and all(row.status in ("passed", "skipped") for row in rows)
     return 0 if passed and not idle else 1
 
@@ -105,36 +116,35 @@ def _environment(device: torch.device) -> dict[str, str]:
 
 
 def _run_cases(
-    backends: Sequence[str], dtypes: Sequence[str], cases: Sequence[Case], device: torch.device, seed: int
+    backends: Sequence[str], dtypes: Sequence[str], cases: Sequence[Case], device: torch.device, seeds: range
 ) -> list[Row]:
     rows = []
     for backend in backends:
         for dtype in dtypes:
             for case in cases:
-                row = _run_case(dataclasses.replace(case, dtype=dtype), backend, device, seed)
+                row = _run_case(dataclasses.replace(case, dtype=dtype), backend, device, seeds)
                 print_row(row)
                 rows.append(row)
     return rows
 
 
-def _run_case(case: Case, backend: str, device: torch.device, seed: int) -> Row:
+def _run_case(case: Case, backend: str, device: torch.device, seeds: range) -> Row:
     row = Row(backend, case.dtype, case.name, "passed")
     if case.large and backend == "triton" and device.type == "cpu":
         row.status, row.reason = "skipped", "too large for Triton's interpreter"
         return row
     start = time.perf_counter()
     try:
-        inputs = make_inputs(case, case_generator(case, seed), device)
-        reason = backends.unsupported(backend, inputs)
-        if reason is not None:
-            row.status, row.reason = "skipped", reason
-            return row
-        row.comparisons = check(inputs, backend)
+        for seed in seeds:
+            inputs = make_inputs(case, case_generator(case, seed), device)
+            reason = backends.unsupported(backend, inputs)
+            if reason is not None:
+                row.status, row.reason = "skipped", reason
+                return row
+            comparisons = check(inputs, backend)
+            row.add(seed, comparisons, [str(c) for c in comparisons if not c.ratio <= 1.0])
     except Exception as error:  # a crash of one case must not hide the others
-        row.status, row.reason = "error", f"{type(error).__name__}: {error}"
+        row.status, row.reason = "error", f"seed {seed}: {type(error).__name__}: {error}"
         return row
     row.seconds = time.perf_counter() - start
-    over = [str(c) for c in row.comparisons if not c.ratio <= 1.0]
-    if over:
-        row.status, row.reason = "failed", "; ".join(over)
     return row

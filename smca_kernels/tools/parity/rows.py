@@ -16,7 +16,7 @@ STATUSES = ("passed", "failed", "error", "skipped")
 
 @dataclass
 class Row:
-    """The outcome of one case on one backend in one dtype."""
+    """The outcome of one case on one backend in one dtype, over all draws."""
 
     backend: str
     dtype: str
@@ -29,6 +29,13 @@ class Row:
     @property
     def ran(self) -> bool:
         return self.status in ("passed", "failed")
+
+    def add(self, seed: int, comparisons: list[Comparison], problems: list[str]) -> None:
+        """Count a draw, which failed if there are problems."""
+        self.comparisons += comparisons
+        if problems:
+            draw = f"seed {seed}: " + "; ".join(problems)
+            self.status, self.reason = "failed", "; ".join(filter(None, (self.reason, draw)))
 
     def worst(self, name: str) -> Comparison | None:
         """The comparison of a tensor, over all scales, with the largest ratio."""
@@ -70,7 +77,7 @@ def print_summary(rows: list[Row]) -> None:
     print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()))
 
 
-def json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dict[str, Any]:
+def json_report(rows: list[Row], seeds: range, environment: dict[str, str]) -> dict[str, Any]:
     def number(value: float) -> float | str:
         return value if math.isfinite(value) else str(value)  # JSON has no infinity
 
@@ -78,7 +85,8 @@ def json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dict
         return {key: number(getattr(comparison, key)) for key in ("error", "budget", "ratio")}
 
     return {
-        "seed": seed,
+        "seed": seeds.start,
+        "draws": len(seeds),
         **environment,
         "rows": [
             {
@@ -90,7 +98,7 @@ def json_report(rows: list[Row], seed: int, environment: dict[str, str]) -> dict
     }
 
 
-def junit_report(rows: list[Row], seed: int, environment: dict[str, str]) -> str:
+def junit_report(rows: list[Row], seeds: range, environment: dict[str, str]) -> str:
     count = {status: str(sum(row.status == status for row in rows)) for status in ("failed", "error", "skipped")}
     suite = ElementTree.Element(
         "testsuite",
@@ -102,7 +110,7 @@ def junit_report(rows: list[Row], seed: int, environment: dict[str, str]) -> str
         time=f"{sum(row.seconds for row in rows):.3f}",
     )
     properties = ElementTree.SubElement(suite, "properties")
-    for key, value in {"seed": str(seed), **environment}.items():
+    for key, value in {"seed": str(seeds.start), "draws": str(len(seeds)), **environment}.items():
         ElementTree.SubElement(properties, "property", name=key, value=value)
     for row in rows:
         element = ElementTree.SubElement(
