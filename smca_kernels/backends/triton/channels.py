@@ -47,9 +47,14 @@ NOTHING = tl.constexpr(-1e9)  # where a running maximum starts: between that and
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc, accumulated in fp32. The interpreter has no bfloat16 arithmetic, so operands widen there."""
+    """a @ b + acc, accumulated in fp32.
+
+    The interpreter leaves sums to numpy, whose order changes with the shapes and layouts of a and b, while a GPU's does
+    not: the backward could not compute the forward's logits again. There sums are made in float64 and rounded once.
+    """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        total = tl.dot(a.to(tl.float64), b.to(tl.float64), None if acc is None else acc.to(tl.float64))
+        return total.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -295,9 +300,16 @@ def is_direct(p_x, p_y, e_x, e_y, n_x, n_y, across, down, inverse_scale, limit):
 
 
 @triton.jit
-def direct_prior(p, x, d):
-    """p ((x - d)² - d²): one axis of -logG, of a key at x and a centre at d from the nearest cell; broadcasts."""
-    return p * (x * (x - 2.0 * d))
+def direct_logits(products, log2_scale, p_x, p_y, x, y, d_x, d_y):
+    """Logits in base 2 of products q·k and the prior of each pair; all arguments broadcast.
+
+    Keys x, y and centres d_x, d_y are counted from a query's nearest cell, so that an axis of -logG is p (x² - 2 d x).
+    Forward and backward must round alike here: of what both are off by, a softmax cancels nearly all.
+    """
+    logits = products * log2_scale
+    logits -= p_x * (x * (x - 2.0 * d_x))
+    logits -= p_y * (y * (y - 2.0 * d_y))
+    return logits
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton.language as tl
 from smca_kernels.backends.triton.channels import (
     LOG2E,
     NOTHING,
-    direct_prior,
+    direct_logits,
     dot,
     dropout_key_key,
     dropout_row_key,
@@ -190,9 +190,12 @@ def forward_kernel(
                     k, v, key_index, counts = load_keys(
                         key, value, mask, first_key, width, column, row, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                     )
-                    logits = dot(q, tl.trans(k), None, PRECISION) * log2_scale
-                    logits -= direct_prior(p_x[:, None], column.to(tl.float32)[None, :] - n_x[:, None], c_x[:, None])
-                    logits -= direct_prior(p_y[:, None], row.to(tl.float32)[None, :] - n_y[:, None], c_y[:, None])
+                    logits = dot(q, tl.trans(k), None, PRECISION)
+                    from_x = column.to(tl.float32)[None, :] - n_x[:, None]
+                    from_y = row.to(tl.float32)[None, :] - n_y[:, None]
+                    logits = direct_logits(
+                        logits, log2_scale, p_x[:, None], p_y[:, None], from_x, from_y, c_x[:, None], c_y[:, None]
+                    )
                     logits = tl.where(counts[None, :], logits, float("-inf"))
                     m_new = tl.maximum(m, tl.max(logits, 1))
                     p = tl.exp2(logits - m_new[:, None])

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from smca_kernels.backends.triton.channels import (
     LOG2E,
-    direct_prior,
+    direct_logits,
     dot,
     dropout_key_key,
     dropout_row_key,
@@ -212,7 +212,7 @@ def key_major_kernel(
                     c_y = tl.load(of_terms + CENTER_Y * BLOCK_N)
                     n_x = nearest_cell(c_x, valid_width)
                     n_y = nearest_cell(c_y, valid_height)
-                    logits = logits * log2_scale - tl.load(of_terms + LOG_SUM * BLOCK_N)[None, :]
+                    log_sum = tl.load(of_terms + LOG_SUM * BLOCK_N)
                     # Here and below, computed again rather than kept through the loops.
                     column, line, of_grid, inside = keys_of_tile(
                         opaque(tile), first_key, valid_height, valid_width, width, KEYS
@@ -223,9 +223,11 @@ def key_major_kernel(
                         inside &= (column >= left) & (column < right) & (line >= top) & (line < bottom)
                     from_x = column.to(tl.float32)[:, None] - n_x[None, :]
                     from_y = line.to(tl.float32)[:, None] - n_y[None, :]
-                    logits -= direct_prior(p_x[None, :], from_x, (c_x - n_x)[None, :])
-                    logits -= direct_prior(p_y[None, :], from_y, (c_y - n_y)[None, :])
-                    p = tl.where(inside[:, None], tl.exp2(logits), 0.0)
+                    logits = direct_logits(
+                        logits, log2_scale,
+                        p_x[None, :], p_y[None, :], from_x, from_y, (c_x - n_x)[None, :], (c_y - n_y)[None, :],
+                    )  # fmt: skip
+                    p = tl.where(inside[:, None], tl.exp2(logits - log_sum[None, :]), 0.0)
                 else:
                     prior = tl.load(coefficients + n[:, None] * 16 + tl.arange(0, 16)[None, :])
                     logits = dot(features, tl.trans(prior), logits, PRECISION)

@@ -18,7 +18,7 @@ from smca_kernels.backends.triton.channels import (
     LOG2E,
     ONE_UNIT,
     SQUARE_UNIT,
-    direct_prior,
+    direct_logits,
     dot,
     dropout_key_key,
     dropout_row_key,
@@ -219,12 +219,13 @@ def query_major_kernel(
                     k, v, key_index, counts = load_keys(
                         key, value, mask, first_key, width, column, line, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                     )
+                    logits = dot(q, tl.trans(k), None, PRECISION)
                     from_x = column.to(tl.float32)[None, :] - n_x[:, None]
                     from_y = line.to(tl.float32)[None, :] - n_y[:, None]
-                    logits = dot(q, tl.trans(k), None, PRECISION) * log2_scale - log_sum[:, None]
-                    logits -= direct_prior(p_x[:, None], from_x, c_x[:, None])
-                    logits -= direct_prior(p_y[:, None], from_y, c_y[:, None])
-                    p = tl.where(counts[None, :], tl.exp2(logits), 0.0)
+                    logits = direct_logits(
+                        logits, log2_scale, p_x[:, None], p_y[:, None], from_x, from_y, c_x[:, None], c_y[:, None]
+                    )
+                    p = tl.where(counts[None, :], tl.exp2(logits - log_sum[:, None]), 0.0)
                     dp = precise_dot(do, tl.trans(v), None, PRECISION)
                     if seed is not None:
                         kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)

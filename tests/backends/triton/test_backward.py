@@ -86,6 +86,22 @@ def test_queries_whose_priors_are_switched_off_stay_within_the_error_budget(
     assert_all_within_budget(output_and_gradients(inputs), inputs)
 
 
+@pytest.mark.skipif(ON_GPU, reason="tensor cores add tf32x3's small products in the order of the operands")
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_the_only_key_has_the_same_logit_in_forward_and_backward(
+    head_dim: int, device: torch.device, generator: torch.Generator
+) -> None:
+    case = Case("", ((5, 9),), heads=8, queries=1, head_dim=head_dim, scale_weights=False, scale=1.0)
+    inputs = make_inputs(case, generator, device)
+    # At a cell that isn't the nearest to a centre, so that its logit is a sum of three.
+    alone = torch.arange(5 * 9, device=device)[None] != 33
+    inputs = dataclasses.replace(
+        inputs, key_padding_mask=alone, center=torch.zeros_like(inputs.center).add_(2.3).requires_grad_()
+    )
+    # P = exp2(logit - LSE) is 1 only if the two logits are the same to the bit.
+    assert torch.equal(output_and_gradients(inputs)["value"][:, :, 33:34], inputs.grad_output)
+
+
 def test_gradients_have_shape_and_dtype_of_their_inputs(device: torch.device, generator: torch.Generator) -> None:
     case = Case("", ((3, 5),), dtype="float16", heads=2, queries=5, prior_heads=1, layout="last_axis_strided")
     inputs = make_inputs(case, generator, device)

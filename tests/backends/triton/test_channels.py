@@ -78,7 +78,8 @@ def row_kernel(out, prior, side, ROWS: tl.constexpr):
     x = tl.load(prior + 2 * ROWS + rows)
     n = channels.nearest_cell(c, side)
     tl.store(out + rows, n)
-    tl.store(out + ROWS + rows, channels.direct_prior(p, x - n, c - n))
+    nothing = tl.zeros([ROWS], tl.float32)
+    tl.store(out + ROWS + rows, -channels.direct_logits(nothing, 1.0, p, nothing, x - n, nothing, c - n, nothing))
 
 
 @triton.jit
