@@ -35,6 +35,8 @@ from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 # Far keys' probabilities must not become subnormal numbers, with which CPUs compute up to 100 times slower.
 MIN_LOGIT = {torch.float32: -70.0, torch.float64: -650.0}
+# Channels that are summed at once: a CPU adds up a product's terms one by one, and its error grows with their number.
+MAX_SUM = 16
 
 
 def backward(grad_out: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +116,8 @@ class GradientAccumulator:
             return rows.sum(0, keepdim=True) if is_tiled else rows
 
         q, grad, k, v = self.q[h, n], self.grad[h, n], per_tile(self.k[h, t]), per_tile(self.v[h, t])
-        scores.baddbmm_(q.expand(batch, -1, -1), k.transpose(1, 2))
+        for q_part, k_part in zip(q.split(MAX_SUM, -1), k.split(MAX_SUM, -1), strict=True):
+            scores.baddbmm_(q_part.expand(batch, -1, -1), k_part.transpose(1, 2))
         ignored = self.ignored[s]
         if ignored is not None:
             ignored = ignored[h].view(batch, 1, -1) if is_tiled else ignored[h]
