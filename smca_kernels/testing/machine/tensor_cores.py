@@ -42,7 +42,7 @@ def widened(words: Array, kind: str) -> Array:
         return (words.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     if kind == "tf32":  # the lowest 13 bits are not looked at
         return (words & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-    raise NotImplementedError(kind)
+    raise NotImplementedError(f"tensor-core operands of kind {kind!r}")
 
 
 def multiply(a: Array, b: Array, c: Array | None, arch: int) -> Array:
