@@ -433,6 +433,22 @@ def test_other_grids_batches_and_queries_need_no_other_kernel(
         assert others == [first] * 4, name
 
 
+def test_no_kernel_leaves_it_to_triton_whether_products_are_contracted(
+    device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, always_planned: None
+) -> None:
+    names = [name for name in vars(launch) if name.endswith("_kernel")]
+    recorders = {name: Recorder(getattr(launch, name)) for name in names}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(launch, name, recorder)
+    monkeypatch.setattr(launch, "splits_of", lambda *_: 3)
+    run_backend(make_inputs(SMALL, generator, device), "triton")
+    assert len(names) == 9
+    for name, recorder in recorders.items():
+        assert recorder.launches, name
+        # Triton's default is to change.
+        assert all("enable_fp_fusion" in arguments for arguments in recorder.launches), name
+
+
 def test_triton_is_told_to_specialise_on_no_number(
     recorders: dict[str, Recorder], device: torch.device, generator: torch.Generator
 ) -> None:
