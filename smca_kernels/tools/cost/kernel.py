@@ -80,6 +80,7 @@ def compile_kernel(
     num_stages: int,
     attrs: dict[Any, Any] | None = None,
     max_registers: int | None = None,
+    fuses: bool = True,
 ) -> Any:
     """Compile a Triton kernel for an architecture without a GPU, through Triton's own cache.
 
@@ -91,6 +92,7 @@ def compile_kernel(
         num_warps, num_stages: launch options.
         attrs: argument properties as `ASTSource` takes them, e.g. {(0,): [["tt.divisibility", 16]]}.
         max_registers: launch option: of a thread.
+        fuses: launch option: whether products and sums may be contracted to multiply-adds.
 
     Returns:
         triton.compiler.CompiledKernel
@@ -106,7 +108,7 @@ def compile_kernel(
         raise RuntimeError(f"{function!r} can't be compiled: unset TRITON_INTERPRET before triton is imported")
     complete = {name: signature.get(name, "constexpr") for name in function.arg_names}
     source = ASTSource(function, complete, constexprs, attrs or {})
-    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuses}
     if max_registers is not None:
         options["maxnreg"] = max_registers
     return triton.compile(source, target=GPUTarget("cuda", target_cc, 32), options=options)

@@ -181,7 +181,7 @@ def _run_job(job: Job, sass_directory: Path | None, cubin_directory: Path | None
             chosen = specializations(job.arch, job.dtype, job.head_dim)[job.index]
             compiled = compile_kernel(
                 chosen.function, chosen.signature, chosen.constexprs, job.arch, chosen.num_warps,
-                chosen.num_stages, chosen.attrs, chosen.max_registers,
+                chosen.num_stages, chosen.attrs, chosen.max_registers, chosen.fuses,
             )  # fmt: skip
             # FLOP are counted at FP16's rate, TF32 runs at half of it.
             flops = chosen.tensor_flops_per_element * (2 if job.dtype == "fp32" else 1)

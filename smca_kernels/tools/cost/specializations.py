@@ -71,6 +71,7 @@ class Specialization:
     elements_per_program: int = 0  # without such a loop: its queries × the keys of the `full` workload; 0: of a plan
     rare_loops: int = 0  # loops that only unusual inputs take: the direct path
     max_registers: int | None = None  # of a thread
+    fuses: bool = True  # whether products and sums are contracted
 
 
 def specializations(arch: int, dtype: str, head_dim: int) -> list[Specialization]:
@@ -91,7 +92,8 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
         for argument in function.arg_names
     }
     flops = {"forward": 4 * head_dim + 32, "query_major": 6 * head_dim + 64, "key_major": 8 * head_dim + 32}
-    if torch_dtype == torch.float32:  # three products make one, and none is of the prior
+    if torch_dtype == torch.float32:
+        # Three products of TF32 make one, or six of bfloat16 at twice the rate; none is of the prior.
         flops = {"forward": 12 * head_dim, "query_major": 18 * head_dim, "key_major": 24 * head_dim}
     return Specialization(
         kernel=f"planned {name}" if planned and name in (*TILED, "prepare") else name,
@@ -107,6 +109,7 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
         max_registers=chosen.max_registers,
+        fuses=chosen.fuses,
         elements_per_iteration=chosen.tile_n * chosen.keys if name in TILED else 0,
         tensor_flops_per_element=flops.get(name, 0),
         elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "prepare" else 0,

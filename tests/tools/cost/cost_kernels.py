@@ -61,6 +61,7 @@ class Specialization:
     elements_per_program: int = 0
     rare_loops: int = 0
     max_registers: int | None = None
+    fuses: bool = True
 
 
 class EndsTheProcess(dict):  # type: ignore[type-arg]
