@@ -100,6 +100,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sequence_first": lambda t: t.movedim(2, 0).contiguous().movedim(0, 2),
     "last_axis_strided": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
     "expanded": lambda t: t[:1, :1].expand(t.shape),
+    "overlapping": lambda t: torch.cat([t[..., 0, :], t[..., 1:, -1]], -1).unfold(-1, t.shape[-1], 1),
 }
 
 
@@ -226,6 +227,7 @@ CASES: tuple[Case, ...] = (
     Case("sequence first", ((5, 9),), batch=2, heads=2, layout="sequence_first", mask="padding"),
     Case("last axis strided", ((5, 9),), batch=2, heads=2, layout="last_axis_strided"),
     Case("expanded", ((5, 9),), batch=2, heads=2, queries=9, layout="expanded", quick=True),
+    Case("overlapping", ((5, 9),), heads=2, queries=9, layout="overlapping", quick=True),
     Case("narrow prior", ((9, 17),), queries=33, prior="narrow", quick=True),
     Case("terms that nearly cancel", ((3, 167),), queries=33, quick=True),  # up to 7000, in the logits of σ = 1
     Case("wide prior", ((9, 17),), queries=33, prior="wide", quick=True),

@@ -30,6 +30,7 @@ from smca_kernels.backends.sdpa.forward import (
     narrow,
     nearest_cells,
 )
+from smca_kernels.backends.sdpa.tables import kept_on_device
 from smca_kernels.backends.sdpa.threads import share_out
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
@@ -116,7 +117,8 @@ class GradientAccumulator:
             return rows.sum(0, keepdim=True) if is_tiled else rows
 
         q, grad, k, v = self.q[h, n], self.grad[h, n], per_tile(self.k[h, t]), per_tile(self.v[h, t])
-        for q_part, k_part in zip(q.split(MAX_SUM, -1), k.split(MAX_SUM, -1), strict=True):
+        channels = MAX_SUM if scores.is_cpu else q.shape[2]
+        for q_part, k_part in zip(q.split(channels, -1), k.split(channels, -1), strict=True):
             scores.baddbmm_(q_part.expand(batch, -1, -1), k_part.transpose(1, 2))
         ignored = self.ignored[s]
         if ignored is not None:
@@ -154,7 +156,7 @@ def backward_dense(gradients: GradientAccumulator, inputs: AttentionInputs) -> t
     )
     precision = merge_heads(inputs.precision, heads, q.dtype)
     grad_center, grad_precision, start = [], [], 0
-    for s, cells in enumerate(grid_cells(shapes, q.dtype, q.device)):
+    for s, cells in enumerate(grid_cells(shapes, q.dtype, q)):
         p, keys = narrow(precision, 2, s, 1), cells.shape[0]
         behind = narrow(nearest, 2, s, 1) - cells  # [B · H, N, keys, 2]
         product = behind * (cells + narrow(mirrored, 2, s, 1))
@@ -177,7 +179,7 @@ def backward_in_blocks(gradients: GradientAccumulator, inputs: AttentionInputs) 
     q, heads, shapes = gradients.q, inputs.query.shape[1], inputs.spatial_shapes
     batch_heads, queries, _ = q.shape
     exact = exact_dtype(q.device)
-    axes = grid_axes(shapes, exact, q.device)
+    axes = grid_axes(shapes, exact, q)
     total = axes.total.to(q.dtype)
     nearest, mirrored, precision = (
         merge_heads(tensor, heads, exact).flatten(2)
@@ -244,19 +246,18 @@ class GridAxes(NamedTuple):
     slices: list[tuple[slice, slice, slice]]  # of each scale: keys, columns, rows
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def grid_axes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> GridAxes:
-    with torch.inference_mode(False):
-        sizes = [size for height, width in shapes for size in (width, height)]
-        coordinate = torch.cat([torch.arange(size, dtype=dtype, device=device) for size in sizes])
-        repeats = torch.tensor(sizes, device=device)
-        of_coordinate = torch.arange(len(sizes), device=device).repeat_interleave(repeats)
-        slices, key, place = [], 0, 0
-        for height, width in shapes:
-            columns, rows = slice(place, place + width), slice(place + width, place + width + height)
-            slices.append((slice(key, key + height * width), columns, rows))
-            key, place = key + height * width, rows.stop
-        return GridAxes(coordinate, of_coordinate, one_hot(of_coordinate, len(sizes)).to(dtype), slices)
+    sizes = [size for height, width in shapes for size in (width, height)]
+    coordinate = torch.cat([torch.arange(size, dtype=dtype, device=device) for size in sizes])
+    repeats = torch.tensor(sizes, device=device)
+    of_coordinate = torch.arange(len(sizes), device=device).repeat_interleave(repeats)
+    slices, key, place = [], 0, 0
+    for height, width in shapes:
+        columns, rows = slice(place, place + width), slice(place + width, place + width + height)
+        slices.append((slice(key, key + height * width), columns, rows))
+        key, place = key + height * width, rows.stop
+    return GridAxes(coordinate, of_coordinate, one_hot(of_coordinate, len(sizes)).to(dtype), slices)
 
 
 def max_block_scores(device: torch.device) -> int:

@@ -7,7 +7,6 @@ Every coefficient is split into terms whose sums are exact while they are large.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from smca_kernels.backends.reference import cell_coordinates
+from smca_kernels.backends.sdpa.tables import kept_on_device
 from smca_kernels.inputs import SpatialShapes
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -47,30 +47,29 @@ class Features(NamedTuple):
     steepest: Tensor  # [S, 1]: precision below which no product of float16 columns overflows, σ of 0.01 cells or less
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def key_features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> Features:
     wide = exact_dtype(device)
-    with torch.inference_mode(False):
-        sizes = torch.tensor([(width, height) for height, width in shapes], dtype=wide, device=device)
-        middle = sizes // 2
-        units = torch.tensor([1.0] * 4 + [2.0**-6] * 2 + [2.0**-15] if dtype in HALF_DTYPES else [1.0] * 5)
-        units = units.to(sizes)
-        columns, largest = [], []
-        for s, (height, width) in enumerate(shapes):
-            cells = torch.stack(cell_coordinates(height, width, like=sizes), -1) - middle[s]
-            squares, one = cells**2, torch.ones_like(cells[:, :1])
-            if dtype in HALF_DTYPES:  # 8 bits each
-                high = squares.div(256, rounding_mode="floor") * 256
-                term = torch.cat([-high, high - squares, 2 * cells, one], 1) / units
-                columns.append(torch.cat([pad(term, (1, 8)), term, pad(term, (0, 2))], 1))
-            else:
-                term = torch.cat([-squares, 2 * cells, one], 1)
-                columns.append(pad(term.repeat(1, 3), (1, 0)))
-            largest.append(term.abs().amax(0))
-        steepest = (2.0**27 / middle.clamp(min=1).amax(1, keepdim=True) ** 2).clamp(max=2.0**15)
-        return Features(
-            torch.cat(columns).to(dtype), middle, -middle, sizes - 1 - middle, torch.stack(largest), units, steepest
-        )
+    sizes = torch.tensor([(width, height) for height, width in shapes], dtype=wide, device=device)
+    middle = sizes // 2
+    units = torch.tensor([1.0] * 4 + [2.0**-6] * 2 + [2.0**-15] if dtype in HALF_DTYPES else [1.0] * 5)
+    units = units.to(sizes)
+    columns, largest = [], []
+    for s, (height, width) in enumerate(shapes):
+        cells = torch.stack(cell_coordinates(height, width, like=sizes), -1) - middle[s]
+        squares, one = cells**2, torch.ones_like(cells[:, :1])
+        if dtype in HALF_DTYPES:  # 8 bits each
+            high = squares.div(256, rounding_mode="floor") * 256
+            term = torch.cat([-high, high - squares, 2 * cells, one], 1) / units
+            columns.append(torch.cat([pad(term, (1, 8)), term, pad(term, (0, 2))], 1))
+        else:
+            term = torch.cat([-squares, 2 * cells, one], 1)
+            columns.append(pad(term.repeat(1, 3), (1, 0)))
+        largest.append(term.abs().amax(0))
+    steepest = (2.0**27 / middle.clamp(min=1).amax(1, keepdim=True) ** 2).clamp(max=2.0**15)
+    return Features(
+        torch.cat(columns).to(dtype), middle, -middle, sizes - 1 - middle, torch.stack(largest), units, steepest
+    )
 
 
 def query_coefficients(

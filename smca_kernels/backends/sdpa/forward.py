@@ -10,14 +10,12 @@ large terms that cancel (docs/sdpa.md). For a few scores the prior is SDPA's mas
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
-from smca_kernels.backends.folding import is_traced
 from smca_kernels.backends.reference import cell_coordinates, ignored_keys, zeroed
 from smca_kernels.backends.sdpa.columns import (
     HALF_DTYPES,
@@ -26,6 +24,7 @@ from smca_kernels.backends.sdpa.columns import (
     query_coefficients,
     valid_ranges,
 )
+from smca_kernels.backends.sdpa.tables import kept_on_device
 from smca_kernels.backends.sdpa.threads import share_out
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
@@ -119,9 +118,11 @@ def dense_outputs(inputs: AttentionInputs) -> list[Tensor]:
     dtype = full_dtype(query)
     if query.dtype != dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.stride(3) in query.stride()[:3]:
+        query = query.contiguous()  # torch's output is laid out like the query, wrongly where that overlaps itself
     nearest, mirrored = nearest_cells(inputs.center, ignored, shapes, dtype)
     outputs, start = [], 0
-    for s, cells in enumerate(grid_cells(shapes, dtype, query.device)):
+    for s, cells in enumerate(grid_cells(shapes, dtype, query)):
         behind = narrow(nearest, 3, s, 1) - cells  # [B, H or 1, N, height · width, 2]
         bias = torch.linalg.vecdot(behind * narrow(inputs.precision, 3, s, 1), cells + narrow(mirrored, 3, s, 1))
         mask = ignored[s]
@@ -157,7 +158,7 @@ def nearest_cells(
     if center.dtype != dtype:
         center = center.to(dtype)
     masks = [mask for mask in ignored if mask is not None]
-    first, last = grid_corners(shapes, dtype, center.device)
+    first, last = grid_corners(shapes, dtype, center)
     if masks:
         middle = (last + 1).div(2, rounding_mode="floor")
         low, high = valid_ranges(masks, shapes, dtype)
@@ -166,12 +167,11 @@ def nearest_cells(
     return nearest, torch.add(nearest, center, alpha=-2)
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def grid_corners(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """(x, y) of the first and the last cell of each grid, [S, 2] each."""
-    with torch.inference_mode(False):
-        last = torch.tensor([(width - 1, height - 1) for height, width in shapes], dtype=dtype, device=device)
-        return torch.zeros_like(last), last
+    last = torch.tensor([(width - 1, height - 1) for height, width in shapes], dtype=dtype, device=device)
+    return torch.zeros_like(last), last
 
 
 def narrow(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
@@ -179,12 +179,11 @@ def narrow(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
     return tensor if tensor.shape[dim] == length else tensor.narrow(dim, start, length)
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def grid_cells(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """(x, y) of every cell of each grid, row-major [height · width, 2]."""
-    with torch.inference_mode(False):
-        like = torch.empty(0, dtype=dtype, device=device)
-        return [torch.stack(cell_coordinates(*shape, like=like), -1) for shape in shapes]
+    like = torch.empty(0, dtype=dtype, device=device)
+    return [torch.stack(cell_coordinates(*shape, like=like), -1) for shape in shapes]
 
 
 def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:
@@ -192,8 +191,7 @@ def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]
     query, shapes = inputs.query, inputs.spatial_shapes
     batch, heads, queries, head_dim = query.shape
     value_dim = inputs.value.shape[3]
-    build = key_features.__wrapped__ if is_traced(query) else key_features
-    table = build(shapes, dtype, query.device)
+    table = key_features(shapes, dtype, query)
     features, lowest, highest = table.columns.expand(batch, heads, -1, -1), table.lowest, table.highest
     ignored = ignored_keys(shapes, inputs.valid_shapes, inputs.key_padding_mask)
     masks = [mask for mask in ignored if mask is not None]

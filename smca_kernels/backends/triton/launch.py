@@ -89,6 +89,13 @@ def last_axis_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def empty_rows_like(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same shape, its axes in the same order in memory where the last one stays contiguous."""
+    empty = torch.empty_like(tensor)
+    # Of a tensor that overlaps itself two axes may have a stride of 1.
+    return empty if empty.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def packed_grids(spatial_shapes: SpatialShapes) -> list[int]:
     grids = [height << 32 | width for height, width in spatial_shapes]
     return grids + [1 << 32 | 1] * (MAX_SCALES - len(grids))
@@ -221,7 +228,7 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
     (batch, heads, queries, head_dim), spatial_shapes, dtype = query.shape, inputs.spatial_shapes, query.dtype
     scales = len(spatial_shapes)
     planned = plan(inputs) if is_planned(inputs) else None
-    out = torch.empty_like(query)
+    out = empty_rows_like(query)
     scale_outputs = query.new_empty(batch, heads, queries, scales, head_dim, dtype=torch.float32)
     lse = query.new_empty(batch, heads, queries, scales, dtype=torch.float32)
     unit = stride_unit((query, key, value, out))
@@ -305,10 +312,10 @@ def backward(
     if plan is not None:
         whole = torch.empty_like(coefficients), torch.empty_like(direct_blocks)
     grad_weights = nothing() if weights is None else torch.empty_like(lse)
-    grad_query = torch.empty_like(query) if needs_query else nothing()
+    grad_query = empty_rows_like(query) if needs_query else nothing()
     grad_center = query.new_empty(batch, heads, queries, scales, 2, dtype=torch.float32) if needs_query else nothing()
     grad_precision = torch.empty_like(grad_center)
-    grad_key, grad_value = (torch.empty_like(key), torch.empty_like(value)) if needs_key else (nothing(), nothing())
+    grad_key, grad_value = (empty_rows_like(key), empty_rows_like(value)) if needs_key else (nothing(), nothing())
     gradients = [*([grad_query] if needs_query else []), *([grad_key, grad_value] if needs_key else [])]
     unit = stride_unit((key, value, *gradients))
     grids = packed_grids(inputs.spatial_shapes)

@@ -43,7 +43,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     query, scales = inputs.query, len(inputs.spatial_shapes)
     batch, heads, queries, head_dim = query.shape
     return (
-        torch.empty_like(launch.last_axis_contiguous(query)),
+        launch.empty_rows_like(launch.last_axis_contiguous(query)),
         query.new_empty(batch, heads, queries, scales, head_dim, dtype=torch.float32),
         query.new_empty(batch, heads, queries, scales, dtype=torch.float32),
         query.new_empty(launch.plan_shape(inputs), dtype=torch.int32),
@@ -69,7 +69,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     query = inputs.query
 
     def like(tensor: Tensor, wanted: bool) -> Tensor:
-        return torch.empty_like(launch.last_axis_contiguous(tensor)) if wanted else query.new_empty(0)
+        return launch.empty_rows_like(launch.last_axis_contiguous(tensor)) if wanted else query.new_empty(0)
 
     prior = query.new_empty(*lse.shape, 2, dtype=torch.float32) if needs_query else query.new_empty(0)
     return (
@@ -217,7 +217,7 @@ def unsupported(inputs: AttentionInputs) -> str | None:
 
 
 def mix(x: Tensor) -> Tensor:
-    """Twin of `tiles.mix` on int64 tensors that hold uint32 values."""
+    """Twin of `channels.mix` on int64 tensors that hold uint32 values."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)

@@ -34,6 +34,7 @@ from smca_kernels.backends.folding import (
     save_nothing,
     transformable,
 )
+from smca_kernels.backends.triton import hopper
 from smca_kernels.backends.triton.channels import INTERPRETED, grid_of_scale
 from smca_kernels.backends.triton.launch import device_of, last_axis_contiguous, packed_grids
 from smca_kernels.backends.triton.launcher import launcher
@@ -393,4 +394,4 @@ def unsupported(raw: Sequence[Tensor], image_sizes: Tensor | None) -> str | None
             return "needs compute capability 8.0 for bfloat16"
     if image_sizes is not None and image_sizes.requires_grad:
         return "has no gradient to image_sizes"
-    return None
+    return hopper.unsupported(logits.device)
