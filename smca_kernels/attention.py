@@ -233,7 +233,15 @@ def _choose(backend: str, inputs: AttentionInputs) -> tuple[str, dict[str, str]]
 
 
 def _query_indices(queries: Tensor | Sequence[int], count: int, device: torch.device) -> Tensor:
-    indices = queries if isinstance(queries, Tensor) else torch.tensor(queries, dtype=torch.int64)
+    if isinstance(queries, Tensor):
+        indices = queries
+    else:
+        try:
+            indices = torch.tensor(queries)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"queries must be integer indices, got {queries!r}") from error
+        if not indices.numel():
+            indices = indices.long()  # of no index torch makes floating numbers
     if indices.dtype not in INTEGER_DTYPES:
         raise TypeError(f"queries must be integer indices, got {indices.dtype}")
     if indices.dim() != 1:

@@ -87,19 +87,19 @@ class AttentionInputs:
             check_key_padding_mask(key_padding_mask, query.shape[0], shapes, query.device)
         if valid_shapes is not None:
             valid_shapes = check_valid_shapes(valid_shapes, query.shape[0], shapes, query.device)
-        if not isinstance(dropout_p, (float, int)):
+        if not is_number(dropout_p):
             raise TypeError(f"dropout_p must be a number, got {kind_of(dropout_p)}")
         if not 0.0 <= dropout_p <= 1.0:
             raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
         if scale is None:
             scale = query.shape[3] ** -0.5
-        elif not isinstance(scale, (float, int)):
+        elif not is_number(scale):
             raise TypeError(f"scale must be a number or None, got {kind_of(scale)}")
         elif not abs(scale) < math.inf:
             raise ValueError(f"scale must be finite, got {scale}")
         if mass_tolerance is None:
             mass_tolerance = MASS_TOLERANCES[query.dtype]
-        elif not isinstance(mass_tolerance, (float, int)):
+        elif not is_number(mass_tolerance):
             raise TypeError(f"mass_tolerance must be a number or None, got {kind_of(mass_tolerance)}")
         elif not 0.0 <= mass_tolerance < 1.0:
             raise ValueError(f"mass_tolerance must be in [0, 1), got {mass_tolerance}")
@@ -297,6 +297,11 @@ def check_key_padding_mask(key_padding_mask: Tensor, batch: int, shapes: Spatial
 def shape_of(tensor: Tensor) -> list[int]:
     """Sizes of a tensor, as messages show them."""
     return list(tensor.shape)
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument is a float or an int, which True is not."""
+    return isinstance(value, (float, int)) and not isinstance(value, bool)
 
 
 def kind_of(value: object) -> str:

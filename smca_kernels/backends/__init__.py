@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from smca_kernels.backends import reference
-from smca_kernels.backends.devices import reaches_tensor_cores
+from smca_kernels.backends.devices import is_nvidia, reaches_tensor_cores
 from smca_kernels.backends.sdpa import operator as sdpa_operator
 from smca_kernels.inputs import AttentionInputs
 
@@ -84,7 +84,7 @@ def objection(name: str, inputs: AttentionInputs) -> str | None:
     """Why backend "auto" passes over a backend: it can't serve, or it is the wrong one for the device; or None."""
     query = inputs.query
     if name == "triton":
-        if not query.is_cuda:
+        if not is_nvidia(query.device):
             return "the kernels are compiled for NVIDIA GPUs only, and the tensors are not on one"
         if not reaches_tensor_cores(query.device):
             return "Triton's tl.dot does not reach the tensor cores below sm_80; torch's SDPA is faster on this device"

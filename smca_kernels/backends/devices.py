@@ -18,6 +18,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU: on ROCm, torch calls AMD's "cuda" too."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def reaches_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton's products run on the tensor cores of a CUDA device."""
-    return torch.version.hip is None and capability(device) >= (8, 0)
+    """Whether Triton's products run on the tensor cores of a device."""
+    return is_nvidia(device) and capability(device) >= (8, 0)

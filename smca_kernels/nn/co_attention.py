@@ -290,9 +290,12 @@ class SpatiallyModulatedCoAttention(nn.Module):
                     "self-attention, shaped as query; got None"
                 )
             features = query
+        elif not isinstance(features, Tensor):
+            raise TypeError(f"prior_features must be a tensor shaped as query, got {type(features).__name__}")
         elif features.shape != query.shape:
             expected, got = list(query.shape), list(features.shape)
             raise ValueError(f"prior_features must be shaped as query {expected}, got {got}")
+        check_floating("prior_features", features)
         features = features if self.batch_first else features.transpose(0, 1)
         prior: SpatialPriorOutput = self.prior(features, spatial_shapes, **others)
         return prior

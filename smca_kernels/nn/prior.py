@@ -301,10 +301,9 @@ class SpatialPrior(nn.Module):
         like = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
         if image_sizes is not None:
             return image_sizes.to(like.dtype).flip(-1).unsqueeze(1) / _filled(self.strides, like).unsqueeze(-1)
-        if cells is not None:
-            return cells.to(like.dtype).flip(-1)
         heights, widths = zip(*shapes, strict=True)
-        return torch.stack((_filled(widths, like), _filled(heights, like)), -1).unsqueeze(0)
+        grids = torch.stack((_filled(widths, like), _filled(heights, like)), -1).unsqueeze(0)
+        return grids if cells is None else torch.minimum(cells.to(like.dtype).flip(-1).clamp(min=0), grids)
 
 
 def _mlp(width: int, depth: int) -> nn.Sequential:
@@ -331,7 +330,7 @@ def _fused_prior(backend: str, raw: Sequence[Tensor], image_sizes: Tensor | None
     device = raw[0].device
     if backend in ("sdpa", "reference"):
         return None
-    if backend == "auto" and not (device.type == "cuda" and reaches_tensor_cores(device)):
+    if backend == "auto" and not reaches_tensor_cores(device):
         return None
     try:
         check_triton()

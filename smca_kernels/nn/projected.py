@@ -117,6 +117,9 @@ class ProjectedCoAttention(nn.Module):
                 raise ValueError(
                     f"{name} must have a multiple of num_heads={self.num_heads} channels, got {list(tensor.shape)}"
                 )
+        batch, queries, _ = query.shape
+        check_shape("prior_features", prior_features, B=batch, N=queries, E=self.prior.embed_dim)
+        check_floating("prior_features", prior_features)
         prior: SpatialPriorOutput = self.prior(
             prior_features,
             spatial_shapes,

@@ -171,6 +171,8 @@ class RecordedCall:
 
 def prior_width(precision: Tensor) -> tuple[float | None, float | None]:
     """Find the median and 90th percentile of σ = 1 / √(2 p), by nearest rank; None for an infinite one."""
+    if not precision.numel():
+        return None, None
     ordered = precision.detach().flatten().float().sort(descending=True).values
     ranks = [math.ceil(quantile * ordered.numel()) - 1 for quantile in WIDTH_QUANTILES]
     median, wide = (None if p == 0 else (2 * p) ** -0.5 for p in ordered[ranks].tolist())

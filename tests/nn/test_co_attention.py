@@ -378,6 +378,8 @@ def test_wrong_constructor_arguments_are_named(options: dict[str, Any], error: t
         ({"value": torch.zeros(2, KEYS, 8).int()}, TypeError, "value must be of a floating dtype"),
         ({"prior_features": None}, ValueError, "prior_features must be given with geometry='official'"),
         ({"prior_features": torch.zeros(2, 1, 8)}, ValueError, "prior_features must be shaped as query"),
+        ({"prior_features": [0.0]}, TypeError, "prior_features must be a tensor shaped as query, got list"),
+        ({"prior_features": torch.zeros(2, 3, 8).int()}, TypeError, "prior_features must be of a floating dtype"),
         ({"spatial_shapes": SHAPES[:1]}, ValueError, r"strides \(16, 32\), got \(\(4, 6\),\)"),
         ({"spatial_shapes": (4, 6)}, TypeError, "spatial_shapes"),
         ({"spatial_shapes": ((4, 6), (3, 3))}, ValueError, "key must be"),

@@ -70,7 +70,9 @@ def test_it_drops_attention_weights_in_training_alone() -> None:
         ("query", (2, QUERIES, 7), r"query must have a multiple of num_heads=2 channels, got \[2, 3, 7\]"),
         ("key", (2, KEYS), r"key must be \[B, T, channels\], got \[2, 30\]"),
         ("value", (2, KEYS - 1, EMBED_DIM), r"value must be \[B=2, H=2, T=30, .* got \[2, 2, 29, 4\]"),
-        ("prior_features", (2, QUERIES, 5), r"features must be \[B, N, E=8\]"),
+        ("prior_features", (2, QUERIES, 5), r"prior_features must be \[B=2, N=3, E=8\], got \[2, 3, 5\]"),
+        ("prior_features", (2, QUERIES + 1, EMBED_DIM), r"prior_features must be \[B=2, N=3, E=8\], got \[2, 4, 8\]"),
+        ("prior_features", (1, QUERIES, EMBED_DIM), r"prior_features must be \[B=2, N=3, E=8\], got \[1, 3, 8\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...], message: str) -> None:

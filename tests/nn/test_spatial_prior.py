@@ -114,6 +114,23 @@ def test_centre_falls_back_to_valid_cells_then_the_mask_then_the_grid() -> None:
     torch.testing.assert_close(from_grid[0, 0, 0], torch.tensor([[3.0, 2.0], [1.5, 1.0]]))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_valid_shapes_that_are_not_looked_at_act_as_clamped_to_the_grid(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    prior = randomised(SpatialPrior(EMBED_DIM, HEADS, STRIDES))
+    features = torch.randn(1, QUERIES, EMBED_DIM)
+    (height, width), small = SHAPES[0], SHAPES[1]
+
+    def center(size: tuple[int, int]) -> torch.Tensor:
+        # What is mapped over is not looked at.
+        locate = torch.vmap(lambda x: prior(x, SHAPES, valid_shapes=[[size, small]], backend=backend).center)
+        return locate(features[None])
+
+    assert torch.equal(center((height + 3, -2)), center((height, 0)))
+    assert not torch.equal(center((height, width)), center((height, 0)))
+
+
 def test_given_reference_logits_replace_the_predicted_centre() -> None:
     first = SpatialPrior(EMBED_DIM, HEADS, modulation="shared")
     later = SpatialPrior(EMBED_DIM, HEADS, modulation="shared", predicts_center=False)

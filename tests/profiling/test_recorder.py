@@ -214,6 +214,7 @@ def test_width_of_the_prior_is_its_sigma_in_cells(generator: torch.Generator) ->
 def test_width_is_finite_as_long_as_the_quantile_is() -> None:
     precision = torch.tensor([0.5] * 6 + [0.0] * 4)
     assert prior_width(precision) == (1.0, None)
+    assert prior_width(precision[:0]) == (None, None)
 
 
 def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.devices import capability
+from smca_kernels.backends.devices import capability, is_nvidia
 from smca_kernels.backends.folding import (
     folding_rule,
     in_transform,
@@ -203,8 +203,8 @@ def attention(inputs: AttentionInputs) -> Tensor:
 def unsupported(inputs: AttentionInputs) -> str | None:
     """Why the Triton kernels can't serve these inputs on this device, or None if they can."""
     query, scale = inputs.query, inputs.scale
-    if query.device.type != "cuda" and not INTERPRETED:
-        return f"needs a CUDA device, or TRITON_INTERPRET=1 set before Triton is imported; query is on {query.device}"
+    if not (is_nvidia(query.device) or INTERPRETED):
+        return f"needs an NVIDIA GPU, or TRITON_INTERPRET=1 set before Triton is imported; query is on {query.device}"
     if query.shape[0] == 0 or query.shape[2] == 0:
         return f"needs at least one image and one query; query is {list(query.shape)}"
     if query.dtype not in DTYPES:

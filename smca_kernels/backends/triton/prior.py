@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smca_kernels.backends.devices import capability
+from smca_kernels.backends.devices import capability, is_nvidia
 from smca_kernels.backends.folding import (
     folding_rule,
     in_transform,
@@ -74,14 +74,16 @@ def of_scale(s, VALUES: tl.constexpr, SCALES: tl.constexpr):
 def extent_of_scale(image_sizes, valid_shapes, b, s, a, g0, g1, g2, g3, g4, g5, g6, g7, STRIDES: tl.constexpr,
                     SCALES: tl.constexpr):  # fmt: skip
     """Columns (a = 0) or rows (a = 1) of scale s that are image, in cells; b, s and a broadcast."""
+    height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
+    side = tl.where(a == 0, width, height)
     if image_sizes is not None:
         pixels = tl.load(image_sizes + b * 2 + 1 - a).to(tl.float32)
         return tl.div_rn(pixels, of_scale(s, STRIDES, SCALES))
     elif valid_shapes is not None:
-        return tl.load(valid_shapes + (b * SCALES + s) * 2 + 1 - a).to(tl.float32)
+        valid = tl.load(valid_shapes + (b * SCALES + s) * 2 + 1 - a)
+        return tl.minimum(tl.maximum(valid, 0), side).to(tl.float32)
     else:
-        height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
-        return tl.where(a == 0, width, height).to(tl.float32)
+        return side.to(tl.float32)
 
 
 @triton.jit
@@ -382,9 +384,9 @@ def prior(
 def unsupported(raw: Sequence[Tensor], image_sizes: Tensor | None) -> str | None:
     """Why the kernels can't serve these projections, of which the first is the logits, or None if they can."""
     logits = raw[0]
-    if not logits.is_cuda and not INTERPRETED:
+    if not (is_nvidia(logits.device) or INTERPRETED):
         where = f"features is on {logits.device}"
-        return f"needs a CUDA device, or TRITON_INTERPRET=1 set before Triton is imported; {where}"
+        return f"needs an NVIDIA GPU, or TRITON_INTERPRET=1 set before Triton is imported; {where}"
     if logits.shape[0] == 0 or logits.shape[1] == 0:
         return f"needs at least one image and one query; reference_logits is {list(logits.shape)}"
     for dtype in [t.dtype for t in raw]:

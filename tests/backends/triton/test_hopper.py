@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from smca_kernels.backends.triton import hopper
+from smca_kernels.backends.triton import hopper, prior
 
 GPU = torch.device("cuda", 0)
 
@@ -38,6 +38,11 @@ def test_on_hopper_an_old_ptxas_is_refused_with_its_version(card: Callable[..., 
     assert reason is not None
     assert "ptxas 12.8" in reason
     assert "ptxas 13.3 or newer" in reason
+
+
+def test_the_prior_is_refused_where_the_attention_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "unsupported", lambda device: "an old ptxas")
+    assert prior.unsupported([torch.empty(1, 2, 2)], None) == "an old ptxas"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
