@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $$($(BIN)/python -c "import torch; print(0 if torch.cuda.is_available() else 'auto')") \
 		--maxprocesses 8 --durations 15
 
-# The compiled kernels, executed without a GPU: hundreds of cases, for hours. Interrupted, it goes on where it was.
+# The compiled kernels, executed without a GPU: hundreds of cases. Interrupted, it goes on where it was.
 machine: $(READY)
 	$(BIN)/python tests/machine/hunt.py
 

@@ -51,7 +51,7 @@ BARS: tuple[Bar, ...] = (
     Bar("time", BOTH, "default", "plain-sdpa", at_most=1.15, dtypes=_HALF, device="cuda"),
     Bar("computed", FORWARD, "triton", "triton-all", at_most=1 / 1.8, workloads=("pyramid-b2-narrow",)),
     *(
-        Bar("time", step, "triton", "triton-all", at_most=1.03, workloads=("pyramid-b2-off",), dtypes=_HALF)
+        Bar("time", step, "triton", "triton-all", at_most=1.03, workloads=("pyramid-b16-off",), dtypes=_HALF)
         for step in (FORWARD, BOTH)
     ),
     Bar("time", BOTH, "default", "plain-sdpa", at_most=1.0, workloads=_TRAINED, dtypes=_HALF, device="cuda"),

@@ -25,8 +25,8 @@ from smca_kernels.files import write_text
 from smca_kernels.testing.cases import CaseInputs
 from smca_kernels.testing.check import run_backend
 from smca_kernels.tools.arguments import check_output_file
-from smca_kernels.tools.env import describe, versions
 
+from .bench_attention import environment
 from .workloads import DTYPES, WORKLOADS, Workload
 
 REPEATS = 20
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(row)
             if args.json is not None:
                 found = {
-                    "environment": describe(device) | versions(),
+                    "environment": environment(device),
                     "rows": [dataclasses.asdict(row) for row in rows],
                 }
                 write_text(args.json, json.dumps(found, indent=2) + "\n")

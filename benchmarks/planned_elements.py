@@ -1,6 +1,6 @@
 """Elements that a plan leaves to compute, counted by the kernels' twin in PyTorch: no GPU is needed.
 
-Rows of the measure "computed" are millions of pairs of a query and a key, for the blocks and tiles of the kernels'
+Rows of the measure "computed" are millions of pairs of a query and a key, for the blocks of the kernels'
 configurations on sm_90: with the default mass_tolerance under "triton", with 0 under "triton-all".
 """
 

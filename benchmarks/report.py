@@ -230,7 +230,7 @@ def _computed(table: Table) -> list[str]:
     headings = ["workload", "prior", "dtype", "of", "computed", "fewer"]
     lines = ["## Elements that a plan leaves to compute, in millions", ""]
     lines += [
-        "Counted for the tiles and blocks of sm_90, with the default mass_tolerance; with 0 it is all of them.",
+        "Counted for the blocks of sm_90, with the default mass_tolerance. Calls this small are computed whole.",
         "",
     ]
     return [*lines, *_table(headings, rows, 3)]

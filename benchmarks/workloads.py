@@ -157,7 +157,7 @@ def _workloads() -> dict[str, Workload]:
         Workload("full-b2-900", 2, GRIDS["full"], queries=900),
         Workload("full-b2-d64", 2, GRIDS["full"], head_dim=64),
         *(Workload(f"pyramid-b2-{prior}", 2, GRIDS["pyramid"], prior=prior) for prior in PRIORS),
-        Workload("pyramid-b16-trained", 16, GRIDS["pyramid"], prior="trained"),
+        *(Workload(f"pyramid-b16-{prior}", 16, GRIDS["pyramid"], prior=prior) for prior in ("trained", "off")),
     ]
     return {workload.name: workload for workload in table}
 

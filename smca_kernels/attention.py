@@ -75,7 +75,7 @@ def smca_attention(
         mass_tolerance: of each query's softmax over each scale, the most that may be left out: keys which the prior
             provably makes that unlikely need not be looked at. In [0, 1); 0 computes all. None leaves out less than
             the rounding of query's dtype: 2⁻²⁴ for float32, 2⁻¹⁴ for float16, 2⁻¹¹ for bfloat16 (docs/locality.md).
-            Only "triton" makes use of it, from a size on where that saves time.
+            Only "triton" makes use of it, from a size on where that saves time in training.
         backend: "auto", "triton", "sdpa" or "reference"; `explain_backend` tells what "auto" chooses.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The wide hunt on the compiled kernels, `make machine`: hundreds of cases, for hours, to be interrupted at will.
+"""The wide hunt on the compiled kernels, `make machine`: hundreds of cases, to be interrupted at will.
 
 Run as `python tests/machine/hunt.py [--arch sm_80 sm_90] [--dtype …] [--only TEXT] [--jobs N]`. What was found right is
 kept in --state and not run again with the same seed, sources and Triton; --restart forgets it. docs/machine.md says
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,8 @@ def run_jobs(jobs: Sequence[Job], processes: int, state: Path, mark: str) -> int
             job = running[future]
             try:
                 note, problems = future.result()
+            except BrokenProcessPool:
+                raise SystemExit("a process was killed, perhaps for want of memory; run again to go on") from None
             except Exception as error:  # a crash of one case must not hide the others
                 note, problems = "", [f"{type(error).__name__}: {error}"]
             left = (time.perf_counter() - start) / n * (len(jobs) - n)

@@ -10,7 +10,7 @@ costs precision, however far outside its centre lies. That is a dot product of s
 over the scale, with sixteen of the key which depend on its position alone. It joins q·k as one more product:
 
     channels     0, 1        2, 3       4, 5      6             7         8–13             14, 15
-    coefficient  -p_x        -p_x       2 p_x e_x base, term 0  -MASKED   as 0–5, of y     base, terms 1 and 2
+    coefficient  -p_x        -p_x       2 p_x e_x -base, term 0 -MASKED   as 0–5, of y     -base, terms 1 and 2
     feature      high of x²  low of x²  x         1             ignored?  as 0–5, of y     1
 
 Both are float16 for inputs of both half-precision dtypes. A position is at most 255 cells, and its square is the sum of

@@ -65,7 +65,7 @@ def keys_of_tile(tile, first_key, valid_height, valid_width, width, KEYS: tl.con
 
 
 @triton.jit
-def cells_outside(u, valid_height, valid_width, width):
+def invalid_cells(u, valid_height, valid_width, width):
     """Column and row of the cells u of a grid that are not in its valid part: those to the right of it, then below."""
     below = u - valid_height * (width - valid_width)
     cell = tl.where(below >= 0, below, u)
@@ -266,7 +266,7 @@ def key_major_kernel(
     outside = height * width - valid_height * valid_width
     if tile * KEYS < outside:
         u = tile * KEYS + tl.arange(0, KEYS)
-        column, line = cells_outside(u, valid_height, valid_width, width)
+        column, line = invalid_cells(u, valid_height, valid_width, width)
         to = first_key + line * width + column
         nothing = tl.zeros([KEYS, BLOCK_D], tl.float32)
         if partial_keys is None:

@@ -12,7 +12,8 @@ rest, a rectangle around k*; that of a block is the smallest that holds those of
 that makes neighbours of those that look at the same place: in strips across the image, alternately to the right and to
 the left. `window_kernel` computes the windows. The forward and both backward passes read the same ones.
 
-A plan holds both, [B, H, N + blocks · S · 4] int32: N queries in order, then (x0, y0, x1, y1) of each block and scale.
+A plan holds both, [B, H, launch.plan_size] int32: N queries in order, then (x0, y0, x1, y1) of each block and scale, in
+memory for the smallest blocks that there are.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ class Shape:
     num_stages: int
 
 
-# (kernel, Hopper or newer) → head dimension up to which a shape holds: the fastest, as simulated, of those tried.
+# (kernel, with products of warp groups) → head dimension up to which a shape holds: of those tried the fastest, as
+# simulated.
 SHAPES: dict[tuple[str, bool], dict[int, Shape]] = {
     ("forward", False): {32: Shape(64, 64, 4, 3), 64: Shape(128, 64, 4, 3), 128: Shape(64, 64, 4, 2)},
     ("forward", True): {64: Shape(64, 64, 4, 3), 128: Shape(128, 128, 8, 3)},

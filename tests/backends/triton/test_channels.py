@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from smca_kernels.backends.triton import channels, launch, merge, operator  # noqa: E402
-from smca_kernels.backends.triton.key_major import cells_in_strips, cells_outside  # noqa: E402
+from smca_kernels.backends.triton.key_major import cells_in_strips, invalid_cells  # noqa: E402
 
 ROWS, KEYS = 16, 32
 EPS = torch.finfo(torch.float32).eps
@@ -115,7 +115,7 @@ def strips_kernel(out, valid_height, valid_width, width, count, outside, KEYS: t
         tl.store(out + t * 2 + 1, y, mask=t < count)
     for start in range(0, outside, KEYS):
         u = start + tl.arange(0, KEYS)
-        x, y = cells_outside(u, valid_height, valid_width, width)
+        x, y = invalid_cells(u, valid_height, valid_width, width)
         tl.store(out + (count + u) * 2, x, mask=u < outside)
         tl.store(out + (count + u) * 2 + 1, y, mask=u < outside)
 
