@@ -210,7 +210,8 @@ def _launch_arguments(
 def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     """Compile-time arguments and launch options for merging what a kernel's splits have left."""
     sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "ROWS": MERGED_ROWS}
-    return sizes | {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    # Triton 3.6 sums products of splits over lanes: as of a plan's sums, not contracted.
+    return sizes | {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def dot_precision(arch: int, dtype: torch.dtype, chosen: Configuration) -> str:
