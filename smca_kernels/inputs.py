@@ -6,7 +6,7 @@ argument's name, what was expected and what came.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -95,7 +95,7 @@ class AttentionInputs:
             scale = query.shape[3] ** -0.5
         elif not is_number(scale):
             raise TypeError(f"scale must be a number or None, got {kind_of(scale)}")
-        elif not abs(scale) < math.inf:
+        elif not abs(scale) <= sys.float_info.max:  # an int may be beyond
             raise ValueError(f"scale must be finite, got {scale}")
         if mass_tolerance is None:
             mass_tolerance = MASS_TOLERANCES[query.dtype]
@@ -167,6 +167,8 @@ def _check_kinds(
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a tensor, got {kind_of(query)}")
     dtype, device = query.dtype, query.device
+    if query.layout != torch.strided:
+        raise TypeError(f"query must be dense, got a tensor of layout {query.layout}")
     if dtype not in FLOATING_DTYPES:
         raise TypeError(f"query must be one of {', '.join(map(str, FLOATING_DTYPES))}, got {dtype}")
     others = [key, value, center, precision]
@@ -175,6 +177,8 @@ def _check_kinds(
     for i, tensor in enumerate(others):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{DIFFERENTIABLE[i + 1]} must be a tensor, got {kind_of(tensor)}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{DIFFERENTIABLE[i + 1]} must be dense, got a tensor of layout {tensor.layout}")
         if tensor.dtype != dtype and (i < 2 or tensor.dtype != torch.float32):
             allowed = dict.fromkeys([dtype] if i < 2 else [torch.float32, dtype])  # each once
             expected = " or ".join(map(str, allowed))

@@ -187,6 +187,17 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"valid_shapes\[1, 0\] must be from \(0, 0\) to \(3, 4\), got \(3, -1\)",
     ),
+    "query is sparse": (
+        {"query": torch.zeros(2, 2, 5, 8).to_sparse()},
+        TypeError,
+        "query must be dense, got .* torch.sparse_coo",
+    ),
+    "precision is sparse": (
+        {"precision": torch.zeros(2, 2, 5, 2, 2).to_sparse()},
+        TypeError,
+        "precision must be dense, got .*sparse_coo",
+    ),
+    "scale is beyond floats": ({"scale": 10**400}, ValueError, "scale must be finite, got 1000"),
     "dropout_p is True": ({"dropout_p": True}, TypeError, "dropout_p must be a number, got bool"),
     "scale is False": ({"scale": False}, TypeError, "scale must be a number or None, got bool"),
     "dropout_p is a string": ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got str"),
