@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device
+from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -347,7 +347,7 @@ def run(args: argparse.Namespace) -> int:
             results = list(measure(DetectorCase(preset, precision, tuple(size), args.batch_size, device), repeats))
         except Exception as error:  # out of memory, say; the others may well work
             log(traceback.format_exc())
-            results = [f"not measured: {(str(error) or repr(error)).splitlines()[0]}"]
+            results = [f"not measured: {first_line(error)}"]
         gc.collect()
         rows += [result for result in results if isinstance(result, Row)]
         lines = [result for result in results if isinstance(result, str)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from smca_kernels.pictures import MEAN, STD
-from smca_kernels.tools.arguments import check_packages
+from smca_kernels.tools.arguments import check_packages, first_line
 
 BACKBONES = ("resnet50", "resnet101", "tiny")
 TIMM = "timm/"  # begins the name of a model of timm
@@ -282,7 +282,7 @@ def _create_timm(name: str, pretrained: bool, **options: Any) -> Any:
     except TypeError:
         raise  # an option that the model doesn't have
     except Exception as error:  # of whatever kind timm, the hub and the network have
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if pretrained:
             raise ValueError(
                 f"pretrained_backbone=True needs timm's weights of {name}, and they can't be had ({reason}); pass "
@@ -337,7 +337,7 @@ def _layout(body: nn.Module, channels: Mapping[int, int], outputs: Mapping[int, 
         try:
             maps, unused = _run_without_storage(body, outputs, size)
         except Exception as error:  # of whatever kind the model has for a size that it doesn't take
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             continue
         cells = {stride: tuple((side - 1) // stride + 1 for side in size) for stride in channels}
         found = {stride: tuple(each.shape[1:]) for stride, each in maps.items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from smca_kernels.files import replacing
 from smca_kernels.pictures import MEAN, STD
-from smca_kernels.tools.arguments import check_output_file, check_packages
+from smca_kernels.tools.arguments import check_output_file, check_packages, first_line
 
 from .onnx_detector import FORMAT, INPUT, OUTPUTS, open_session
 
@@ -176,9 +176,8 @@ def _check(detector: OneSize, run: Run, least: int) -> None:
         try:
             outputs = run(images)
         except Exception as error:  # a size that was made a constant; each runtime has classes of its own
-            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"the exported detector must run on images of {list(images.shape)}, got {reason}{nothing}"
+                f"the exported detector must run on images of {list(images.shape)}, got {first_line(error)}{nothing}"
             ) from error
         for name, actual, expected in zip(OUTPUTS, outputs, detector(images), strict=True):
             off = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1.0))

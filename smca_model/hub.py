@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smca_kernels import __version__
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_packages
+from smca_kernels.tools.arguments import check_packages, first_line
 
 from . import weights
 from .config import NO_CLASS
@@ -95,7 +95,7 @@ def from_pretrained(
         file = hf_hub_download(name, WEIGHTS, revision=revision, token=token)
     except Exception as error:  # the network's have another class with every library that the hub's package is on
         raise ValueError(
-            f"source must be a folder, or a repository of the hub with {WEIGHTS}, got {name} ({_first_line(error)})"
+            f"source must be a folder, or a repository of the hub with {WEIGHTS}, got {name} ({first_line(error)})"
         ) from error
     return weights.load(file, backend=backend, backbone=backbone)
 
@@ -150,7 +150,7 @@ def push_to_hub(
             )
         except Exception as error:  # the network's have another class with every library that the hub's package is on
             raise ValueError(
-                f"repository must be one that can be written, got {repository} ({_first_line(error)})"
+                f"repository must be one that can be written, got {repository} ({first_line(error)})"
             ) from error
     return str(commit.commit_url)
 
@@ -216,7 +216,3 @@ def _check(model: SMCA, classes: Sequence[str]) -> None:
     if len(classes) != model.config.num_classes:
         has = "the model has no names of its own" if not model.classes else f"got {len(classes)}"
         raise ValueError(f"classes must be {model.config.num_classes} names, one a label; {has}")
-
-
-def _first_line(error: Exception) -> Any:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smca_kernels.tools.arguments import first_line
+
 # Of every exported file, also of torch.export's.
 FORMAT = "smca_model detector 1"
 INPUT, OUTPUTS = "images", ("logits", "boxes")
@@ -28,9 +30,8 @@ def open_session(path: str | os.PathLike[str]) -> Any:
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common class
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"path must be an ONNX file that onnxruntime can run, got {os.fspath(path)}: {reason}"
+            f"path must be an ONNX file that onnxruntime can run, got {os.fspath(path)}: {first_line(error)}"
         ) from None
 
 

@@ -1,4 +1,7 @@
-"""Checks that commands share, made before any work: files to write, packages to import, the device to run on."""
+"""Checks that commands share, made before any work: files to write, packages to import, the device to run on.
+
+And what of another library's error their messages tell.
+"""
 
 from __future__ import annotations
 
@@ -68,5 +71,10 @@ def choose_device(name: str | None = None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} can't be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} can't be used: {first_line(error)}") from None
     return device
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank, or, where there is none, the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

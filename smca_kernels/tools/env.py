@@ -19,7 +19,7 @@ from smca_kernels import __version__
 from smca_kernels.attention import explain_backend
 from smca_kernels.files import write_text
 from smca_kernels.inputs import FLOATING_DTYPES
-from smca_kernels.tools.arguments import check_output_file
+from smca_kernels.tools.arguments import check_output_file, first_line
 
 
 def versions() -> dict[str, str]:
@@ -136,7 +136,7 @@ def _backend(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         center = torch.zeros(1, 1, 1, 1, 2, device=device, dtype=wide)
         choice = explain_backend(query, key, key, center, center, ((4, 4),))
     except (RuntimeError, TypeError) as error:  # MPS has no float64; a GPU may be out of memory
-        return {"backend": "none", "reason": str(error).split("\n")[0], "passed_over": {}}
+        return {"backend": "none", "reason": first_line(error), "passed_over": {}}
     return {"backend": choice.backend, "reason": choice.reason, "passed_over": choice.passed_over}
 
 

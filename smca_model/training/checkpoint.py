@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from smca_kernels.files import replacing
+from smca_kernels.tools.arguments import first_line
 
 FORMAT = 1
 NUMBER = (int, float)
@@ -35,7 +36,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         except RuntimeError as error:
             # torch's writer ends in an error of its own; the file's is the one that it came upon.
             cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(error).splitlines()[0]) from None
+            raise cause if isinstance(cause, OSError) else OSError(errno.EIO, first_line(error)) from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -50,8 +51,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever unpickling a damaged file comes upon
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise ValueError(f"{path} can't be read as a checkpoint ({reason})") from None
+        raise ValueError(f"{path} can't be read as a checkpoint ({first_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} must be a training checkpoint of format {FORMAT}, got {found}")

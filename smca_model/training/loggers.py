@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from smca_kernels.files import naming, write_text
-from smca_kernels.tools.arguments import check_packages
+from smca_kernels.tools.arguments import check_packages, first_line
 
 LOG = logging.getLogger(__name__)
 IDS = "loggers.json"  # in the folder of a run: the name that a service gave it, by logger
@@ -209,7 +209,7 @@ def open_loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]
             except Exception as error:  # each service has classes of its own
                 if isinstance(error, OSError) and error.filename is not None:
                     raise
-                raise ValueError(f"loggers can't start {name} ({_reason(error)})") from error
+                raise ValueError(f"loggers can't start {name} ({first_line(error)})") from error
             if opened[name].id and ids.get(name) != opened[name].id:
                 ids[name] = opened[name].id
                 write_text(path, json.dumps(ids) + "\n")
@@ -273,11 +273,7 @@ class Loggers:
                 self._paused[name] = now + PAUSE * (now - began)
             if name not in self._warned:
                 self._warned.add(name)
-                LOG.warning("%s failed and may lack numbers, which metrics.jsonl has: %s", name, _reason(error))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+                LOG.warning("%s failed and may lack numbers, which metrics.jsonl has: %s", name, first_line(error))
 
 
 @functools.cache

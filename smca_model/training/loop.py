@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Subset
 
+from smca_kernels.tools.arguments import first_line
+
 from . import checkpoint, distributed
 from .best import Best
 from .distributed import log
@@ -92,7 +94,7 @@ def train(
             try:
                 trainer.load_state(state)
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+                reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
                 raise ValueError(f"{out / 'checkpoint.pt'} does not fit the run that it is of ({reason})") from error
         metrics = best = None
         if distributed.rank() == 0:

@@ -43,6 +43,16 @@ def test_a_full_disk_is_an_os_error_with_the_file_s_name_and_nothing_half_writte
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_writer_that_fails_without_a_word_is_an_os_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(state: Any, file: BinaryIO) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="RuntimeError") as raised:
+        checkpoint.save(tmp_path / "checkpoint.pt", {"step": 1})
+    assert raised.value.filename == str(tmp_path / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", json.dumps({"step": 1}).encode()])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint.pt"
