@@ -254,7 +254,8 @@ def load_official(
 def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> LoadReport:
     """Initialise a detector from a checkpoint of DETR: every tensor that has a place of its shape.
 
-    DETR's class layer is left out whatever its shape, because it was trained for a softmax with a no-object class.
+    DETR's class layer is left out whatever its shape, because it was trained for a softmax with a no-object class; so
+    are backbone and projection where the detector's backbone is not "resnet50" or "resnet101".
 
     Args:
         model: changed in place.
@@ -276,11 +277,15 @@ def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any
         )
     deepest = max(model.backbone.channels)  # DETR projects the deepest map, whichever of our scales that is
     scale = model.config.strides.index(deepest) if deepest in model.config.strides else 0
+    resnet = model.config.backbone.startswith("resnet")
     used, unused = {}, {}
     for name, target in _our_names(theirs).items():
         if target is not None:
             target = target.replace("input_proj.0.", f"input_proj.{scale}.")
-        if target is None or target not in ours:
+        if target is not None and target.startswith(("backbone.", "input_proj.")) and not resnet:
+            # Of other backbones some tensors have the same names and shapes, but stand for other features.
+            unused[name] = f"belongs to a ResNet, and the backbone is {model.config.backbone}"
+        elif target is None or target not in ours:
             unused[name] = "has no place in this model"
         elif target.startswith("class_embed."):
             unused[name] = "was trained for a softmax"
@@ -296,7 +301,7 @@ def load_detr(model: SMCA, checkpoint: str | os.PathLike[str] | Mapping[str, Any
     lacking = [
         part for part, weight in _SHARED_WITH_DETR.items() if not any(re.fullmatch(weight, target) for target in filled)
     ]
-    if not model.config.backbone.startswith("resnet"):  # DETR has no such backbone, nor its projection
+    if not resnet:  # DETR has no such backbone, nor its projection
         lacking = [part for part in lacking if part not in ("backbone", "input_proj")]
     elif not all(name in filled for name in ours if name.startswith("backbone.")):
         lacking = sorted({*lacking, "backbone"}, key=list(_SHARED_WITH_DETR).index)
@@ -338,7 +343,7 @@ def start(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> 
         source, kind = load(path), "smca_model"
     else:
         state = _official_state(path)
-        if not any(".point2." in each for each in state):
+        if not _is_of_authors(state):
             if any(each in state for each in ("encoder.blocks.0.norm1.weight", "decoder.norm.weight")):
                 raise ValueError(
                     f"{name} must be a file of weights, got the checkpoint of a run: go on with it by --resume, or "
@@ -368,6 +373,20 @@ def start(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> 
         told = f"the class layer has the rows of its {len(rows)} classes"
     model.load_state_dict(tensors, strict=False)
     return f"starts from weights of {kind} in {name}: {len(tensors)} tensors; {told}"
+
+
+def brings_backbone(path: str | os.PathLike[str], backbone: str) -> bool:
+    """Whether `start` takes a backbone of this name from a file: not from one of DETR, unless it is a ResNet.
+
+    Raises:
+        ValueError: for what is no file of weights.
+        OSError: for a file that can't be read.
+    """
+    return backbone.startswith("resnet") or _is_safetensors(path) or _is_of_authors(_official_state(path))
+
+
+def _is_of_authors(state: Mapping[str, Tensor]) -> bool:
+    return any(".point2." in name for name in state)
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:

@@ -32,7 +32,9 @@ class Settings:
     out: str = option("", "folder of the run", metavar="DIR")
     preset: str = option("smca-r50", "which model; `smca presets` lists them", metavar="NAME")
     overrides: tuple[str, ...] = option((), "changes to the preset, such as dropout=0.0", metavar="NAME=VALUE")
-    pretrained_backbone: bool | None = option(None, "ImageNet weights; default: unless the backbone is tiny")
+    pretrained_backbone: bool | None = option(
+        None, "ImageNet weights; default: unless the backbone is tiny, or that of the weights to start from"
+    )
     weights: str = option(
         "",
         "start from these weights: ours, the authors' or DETR's; with other classes the class layer is made anew",
@@ -58,7 +60,9 @@ class Settings:
     clip: float = option(0.1, "largest norm of the gradient")
     batch_size: int = option(2, "images at once on one device")
     accumulate: int = option(1, "batches whose gradients make one step")
-    precision: str = option("fp32", "arithmetic", choices=PRECISIONS)
+    precision: str = option(
+        "fp32", "arithmetic; only tf32 makes TF32 products, in convolutions too", choices=PRECISIONS
+    )
     ema: float = option(0.0, "decay of a moving average of the weights, such as 0.9997; 0: none")
     backend: str = option("auto", "of the co-attention", choices=("auto", "triton", "sdpa", "reference"))
     workers: int = option(4, "processes that load images, for each device; 0: none")

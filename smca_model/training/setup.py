@@ -82,9 +82,10 @@ def build_model(
     torch.manual_seed(derived_seed(settings.seed, INITIAL_WEIGHTS))
     overrides = settings.model_overrides()
     model = build(settings.preset, num_classes, backend=settings.backend, **overrides)
+    brought = from_weights and _file_brings_backbone(settings, model.config.backbone)
     wanted = settings.pretrained_backbone
-    if wanted is None:  # a file of weights has the backbone's too
-        wanted = model.config.backbone != "tiny" and not (settings.weights or settings.detr_weights)
+    if wanted is None:
+        wanted = model.config.backbone != "tiny" and not brought
     if from_weights and wanted:
         # Process 0 fetches the file, the others find it in the cache.
         for turn in (True, False):
@@ -99,9 +100,17 @@ def build_model(
         distributed.log(weights.start(model, settings.weights, classes))
     if from_weights and settings.detr_weights:
         distributed.log(str(weights.load_detr(model, settings.detr_weights)))
-    if settings.freeze_backbone and from_weights and not (wanted or settings.weights or settings.detr_weights):
+    if settings.freeze_backbone and from_weights and not (wanted or brought):
         distributed.log("the backbone is frozen with random weights")
     return model.to(device)
+
+
+def _file_brings_backbone(settings: Settings, backbone: str) -> bool:
+    from .. import weights
+
+    if settings.detr_weights:
+        return backbone.startswith("resnet")
+    return bool(settings.weights) and weights.brings_backbone(settings.weights, backbone)
 
 
 def images_per_step(settings: Settings) -> int:
@@ -127,15 +136,22 @@ def count_steps(settings: Settings, images: int) -> int:
 
 @contextlib.contextmanager
 def arithmetic(settings: Settings, device: torch.device) -> Iterator[None]:
-    """TF32 and deterministic algorithms as the settings say, and as they were afterwards."""
+    """TF32 and deterministic algorithms as the settings say, and as they were afterwards.
+
+    cuBLAS reads its workspaces' size when it is first used, and keeps it.
+    """
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    if settings.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    convolutions, workspaces = torch.backends.cudnn.allow_tf32, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"  # of itself it is True
     if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
         torch.use_deterministic_algorithms(deterministic)
+        if workspaces is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

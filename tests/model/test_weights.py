@@ -426,6 +426,37 @@ def test_a_start_from_detr_that_uses_less_than_the_shared_parts_is_refused(resne
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("backbone", ["timm/resnet18", "tiny"])
+def test_of_detr_s_backbone_nothing_goes_to_one_of_another_kind(resnet_state, backbone):
+    if backbone != "tiny":
+        pytest.importorskip("timm")
+    strides = (8,) if backbone == "tiny" else (32,)
+    sizes = {"hidden_dim": DIM, "ffn_dim": FFN, "decoder_layers": 1, "encoder": "1intra"}
+    model = build("smca-r50", 91, backbone=backbone, strides=strides, **sizes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    report = weights.load_detr(model, detr_state(resnet_state))
+
+    ours = [name for name in before if name.startswith(("backbone.", "input_proj."))]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in ours)
+    assert set(ours) <= set(report.untouched)
+    assert report.unused["input_proj.bias"] == f"belongs to a ResNet, and the backbone is {backbone}"
+    assert "backbone.0.body.conv1.weight" in report.unused
+    assert "transformer.encoder.layers.0.linear1.weight" in report.used
+
+
+def test_a_file_brings_the_backbone_unless_it_is_detr_s_and_that_is_no_resnet(resnet_state, tmp_path):
+    weights.save(tiny_detector(), tmp_path / "model.safetensors", CLASSES)
+    torch.save({"model": detr_state(resnet_state)}, tmp_path / "detr.pth")
+    torch.save({"model": authors_state(resnet_state, "type1", layers=1)}, tmp_path / "authors.pth")
+
+    found = {
+        name: [weights.brings_backbone(tmp_path / name, backbone) for backbone in ("resnet50", "timm/resnet18")]
+        for name in ("model.safetensors", "authors.pth", "detr.pth")
+    }
+    assert found == {"model.safetensors": [True, True], "authors.pth": [True, True], "detr.pth": [True, False]}
+
+
 def test_our_own_weights_as_a_start_from_detr_are_refused_with_the_option_for_them(tmp_path):
     weights.save(tiny_detector(), tmp_path / "model.safetensors", CLASSES)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
