@@ -44,7 +44,7 @@ def batches(
     at_once = size * world_size
     step_images = at_once * settings.accumulate
     starts = range(first_step * step_images, length // step_images * step_images, at_once)
-    return [order[start + rank * size :][:size] for start in starts]
+    return [order[start : start + size] for start in (first + rank * size for first in starts)]
 
 
 def epoch_batches(dataset: CocoDetection, trainer: Trainer) -> Iterator[list[Batch]]:
@@ -92,7 +92,7 @@ class Trainer:
         self.ema: torch.optim.swa_utils.AveragedModel | None = None
         if settings.ema:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
-            self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)  # buffers are copied
         self.parallel: Any = model
         if distributed.world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None

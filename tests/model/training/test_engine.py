@@ -100,6 +100,24 @@ def test_two_processes_see_what_one_with_twice_the_batch_sees(data: Path) -> Non
     assert [first + second for first, second in zip(*halves, strict=True)] == one
 
 
+def test_of_the_order_each_batch_copies_its_own_images_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+
+    class Order(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            found = super().__getitem__(index)
+            copied.extend(found if isinstance(index, slice) else [found])
+            return found
+
+    class Permutation:
+        def tolist(self) -> Order:
+            return Order(range(100))
+
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: Permutation())
+    engine.batches(100, 0, 0, settings(data, batch_size=2), 0, 1)
+    assert copied == list(range(100))
+
+
 def test_images_that_fill_no_step_are_left_out(data: Path) -> None:
     assert len(engine.batches(11, 0, 0, settings(data, batch_size=2, accumulate=2), 0, 1)) == 4
 
@@ -206,6 +224,25 @@ def test_the_moving_average_lags_behind_the_weights(data: Path) -> None:
         weights.append(dict(one.model.named_parameters())[name].detach().clone())
     # The first update takes the weights as they are.
     torch.testing.assert_close(dict(one.trained_model.named_parameters())[name], (weights[1] + weights[2]) / 2)
+
+
+def test_the_moving_average_has_the_buffers_as_they_are(data: Path, tmp_path: Path) -> None:
+    chosen = settings(data, batch_size=8, ema=0.9)
+    one, other = trainer(chosen), trainer(chosen)
+    for each in (one, other):
+        each.model.register_buffer("index", torch.arange(0, 1000, 7))  # as window attention has positions
+        each.model.register_buffer("variance", torch.rand(3))
+        each.ema = engine.Trainer(each.model, chosen, each.steps_per_epoch).ema
+    for step in range(3):
+        one.train_step([plain_batch(data)])
+        if step == 1:
+            torch.save(one.state(), tmp_path / "state.pt")
+            other.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.train_step([plain_batch(data)])
+    for each in (one, other):
+        buffers = dict(each.trained_model.named_buffers())
+        assert all(torch.equal(buffers[name], buffer) for name, buffer in each.model.named_buffers())
+        assert torch.equal(buffers["index"], torch.arange(0, 1000, 7))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
