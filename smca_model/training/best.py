@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
     from ..detector import SMCA
 
-FILE = "best.safetensors"
+BEST_FILE = "best.safetensors"
 
 
 class Best:
@@ -18,7 +18,7 @@ class Best:
     Args:
         folder: of the run.
         evaluations: its evaluations so far, with `step`, `epoch` and `AP`.
-        resumed: whether the run goes on; a new one takes no notice of a file that is there.
+        resumed: whether the run goes on; a new one removes a file that is there.
 
     Attributes:
         evaluation: step, epoch and AP of the best weights; empty before there are any.
@@ -26,13 +26,16 @@ class Best:
 
     Raises:
         ValueError: for a file that is damaged.
+        OSError: with the file's name, when it can't be removed.
     """
 
     def __init__(self, folder: Path, evaluations: Sequence[dict[str, float]], resumed: bool) -> None:
         from ..weights import read_evaluation
 
-        self.path = folder / FILE
-        found = read_evaluation(self.path) if resumed and self.path.exists() else {}
+        self.path = folder / BEST_FILE
+        if not resumed:
+            self.path.unlink(missing_ok=True)
+        found = read_evaluation(self.path) if self.path.exists() else {}
         self.evaluation: dict[str, float] = {name: found[name] for name in ("step", "epoch", "AP") if name in found}
         if 0 < len(self.evaluation) < 3:
             raise ValueError(f"{self.path} is damaged: its evaluation must have step, epoch and AP, got {found}")

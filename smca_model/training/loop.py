@@ -25,7 +25,7 @@ from .distributed import log
 from .engine import Trainer, epoch_batches
 from .loggers import Logger, Loggers, open_loggers
 from .metrics import Metrics, read_metrics
-from .setup import arithmetic, build_model, check_start, count_steps, images_per_step, open_data
+from .setup import MODEL_FILE, arithmetic, build_model, check_start, count_steps, images_per_step, open_data
 from .signals import Stopped, StopSignals
 
 if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
@@ -55,7 +55,8 @@ def train(
     Raises:
         ValueError: for settings, data or a checkpoint that don't fit; before any work.
         TrainingError: when a loss or gradient is not finite.
-        Stopped: on SIGINT or SIGTERM, after the checkpoint is written; on a second one at once.
+        Stopped: on SIGINT or SIGTERM, after the checkpoint is written; before the first step, in an evaluation, and on
+            a second one at once.
     """
     if not settings.out:
         raise ValueError("out must be a folder for the run, got ''")
@@ -65,7 +66,9 @@ def train(
         StopSignals() as stop,
         arithmetic(settings, device),
         contextlib.ExitStack() as stack,
+        contextlib.ExitStack() as starting,
     ):
+        starting.enter_context(stop.stopping_at_once())
         if not resume:
             check_start(settings)
         train_set, val_set = open_data(settings)
@@ -76,7 +79,7 @@ def train(
         facts = {"classes": list(train_set.classes), "images": len(train_set), "step_images": images_per_step(settings)}
         if state is not None:
             read_metrics(out)  # a damaged file ends the run here, not after its work
-            _check_continues(state, settings, facts, out / "checkpoint.pt")
+            _check_continues(state, settings, facts, steps_per_epoch, out / "checkpoint.pt")
             ended = state.get("ended")
             if ended and 0 < settings.patience <= ended["waited"]:
                 log(f"the run in {out} has ended: {_told(ended)}; a larger --patience goes on with it")
@@ -105,6 +108,8 @@ def train(
             opened = open_loggers(settings.loggers, out, asdict(settings), trainer.step)
             metrics = Metrics(out, trainer.step, stack.enter_context(Loggers({**opened, **(loggers or {})})))
             best = Best(out, _evaluations(out), resume)
+            if not resume:
+                (out / MODEL_FILE).unlink(missing_ok=True)
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
             log(
                 f"{settings.preset}, {parameters / 1e6:.1f} M trained parameters, on {distributed.world_size()} × "
@@ -121,6 +126,7 @@ def train(
                 state = {"settings": asdict(settings), "facts": facts, **trainer.state(), **ended}
                 checkpoint.save(out / "checkpoint.pt", state)
 
+        starting.close()
         _train_epochs(trainer, train_set, val_set, metrics, best, save, stop)
         return _evaluations(out) if metrics is not None else []
 
@@ -217,7 +223,7 @@ def _evaluate_if_due(
     if epoch < settings.epochs and (settings.eval_every == 0 or epoch % settings.eval_every):
         return False
     if metrics is not None:
-        weights.save(model, Path(settings.out) / "model.safetensors", val_set.classes)
+        weights.save(model, Path(settings.out) / MODEL_FILE, val_set.classes)
     mine: Any = Subset(val_set, range(distributed.rank(), len(val_set), distributed.world_size()))
     mine.classes, mine.category_ids = val_set.classes, val_set.category_ids
     waited = 0
@@ -247,7 +253,9 @@ def _evaluate_if_due(
     return ends
 
 
-def _check_continues(state: dict[str, Any], settings: Settings, facts: dict[str, Any], path: Path) -> None:
+def _check_continues(
+    state: dict[str, Any], settings: Settings, facts: dict[str, Any], steps_per_epoch: int, path: Path
+) -> None:
     """Raise ValueError where the run that a checkpoint is of could not go on as it began, or is damaged."""
     checkpoint.check(state, path)
     # A setting that came after the run began has its default there.
@@ -260,3 +268,6 @@ def _check_continues(state: dict[str, Any], settings: Settings, facts: dict[str,
     if changed:
         differences = "; ".join(f"{n} {before[n]} there, {now[n]} here" for n in changed)
         raise ValueError(f"a resumed run must have what its checkpoint was made with, got {differences}")
+    done = state["step"] / steps_per_epoch
+    if settings.epochs < done:
+        raise ValueError(f"epochs must be at least the {done:.4g} that {path} has done, got {settings.epochs}")

@@ -14,8 +14,11 @@ from smca_kernels.tools.arguments import check_packages
 
 from ..presets import build, configure
 from . import distributed
+from .best import BEST_FILE
 from .loggers import check_loggers
 from .seeds import INITIAL_WEIGHTS, derived_seed
+
+MODEL_FILE = "model.safetensors"  # the weights of a run's last evaluation, in its folder
 
 if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca train --help` does without
     from ..data.coco import CocoDetection
@@ -50,14 +53,17 @@ def check_packages_of(settings: Settings) -> None:
 
 
 def check_start(settings: Settings) -> None:
-    """Check that the files of weights that a run is to start from are there.
+    """Check that the files of weights that a run is to start from are there, and not those that it removes.
 
     Raises:
         ValueError: naming option and file.
     """
+    replaced = [(Path(settings.out) / name).resolve() for name in (MODEL_FILE, BEST_FILE) if settings.out]
     for option, file in (("--weights", settings.weights), ("--detr-weights", settings.detr_weights)):
         if file and not Path(file).is_file():
             raise ValueError(f"{option} must be a file, got {file}")
+        if file and Path(file).resolve() in replaced:
+            raise ValueError(f"{option} must be a file that the run in --out does not replace, got {file}")
 
 
 def build_model(

@@ -44,9 +44,15 @@ class StopSignals:
 
     @contextlib.contextmanager
     def stopping_at_once(self) -> Iterator[None]:
-        """Stop at the first signal: for work that loses nothing, while the end of the step is far."""
+        """Stop at the first signal: for work that loses nothing, while the end of the step is far.
+
+        Raises:
+            Stopped: also where a signal came before, and nothing has stopped for it yet.
+        """
         self.at_once = True
         try:
+            if self.number:
+                raise Stopped(self.number)
             yield
         finally:
             self.at_once = False

@@ -224,6 +224,49 @@ def test_the_command_stops_on_a_signal_saves_and_says_how_to_go_on(
     assert state_of(out)["step"] == 4
 
 
+@pytest.mark.parametrize("place", ["open_data", "build_model"])
+def test_a_signal_before_the_first_step_stops_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def send(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)  # where Python acts on it at the latest
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(f"smca_model.training.loop.{place}", send)
+    with pytest.raises(Stopped):
+        train(settings(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_the_checkpoint_of_an_epoch_is_written_leaves_out_the_evaluation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint.save
+
+    def save(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr("smca_model.evaluate.detect_all", lambda *_, **__: pytest.fail("it evaluates"))
+    with pytest.raises(Stopped):
+        train(settings(data, tmp_path / "run"))
+    assert state_of(tmp_path / "run")["step"] == 4
+
+
+def test_fewer_epochs_than_are_done_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    stop_at(monkeypatch, 4)
+    with pytest.raises(Stopped):
+        train(settings(data, out, epochs=3, eval_every=0))
+    assert cli.main(["train", "--resume", str(out), "--epochs", "1"]) == 2
+    assert f"epochs must be at least the 1.25 that {out / 'checkpoint.pt'} has done, got 1" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
+
+
 def test_what_a_run_was_made_with_cant_change_under_it(run: Path, data: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size 2 there, 4 here; seed 0 there, 1 here"):
         train(settings(data, run, ema=0.9, batch_size=4, seed=1), resume=True)

@@ -123,6 +123,50 @@ def test_a_new_run_takes_no_notice_of_a_best_that_lies_there(
         train(settings(data, tmp_path, epochs=2), resume=True)
 
 
+def test_a_run_resumed_before_its_first_evaluation_has_no_best_of_a_run_before(
+    data: Path, tmp_path: Path, give_ap: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_ap(0.9)
+    train(settings(data, tmp_path, epochs=1))
+    (tmp_path / "checkpoint.pt").unlink()
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("loggers can't start")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("smca_model.training.loop.open_loggers", fail)
+        with pytest.raises(ValueError, match="can't start"):
+            train(settings(data, tmp_path))
+    assert best_of(tmp_path)["AP"] == 0.9
+    assert (tmp_path / "model.safetensors").exists()
+
+    step = Trainer.train_step
+
+    def crash(self: Trainer, batches: Any) -> dict[str, float]:
+        if self.step == 1:
+            raise MemoryError
+        return step(self, batches)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", crash)
+        with pytest.raises(MemoryError):
+            train(settings(data, tmp_path, epochs=2, eval_every=0))
+    assert not (tmp_path / "model.safetensors").exists()
+    give_ap(0.2)
+    train(settings(data, tmp_path, epochs=2, eval_every=0), resume=True)
+    assert best_of(tmp_path) == {"step": 2, "epoch": 2, "AP": 0.2}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "best.safetensors"])
+def test_a_start_from_weights_that_the_run_replaces_is_refused(data: Path, tmp_path: Path, file: str) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(
+        ValueError, match=rf"--weights must be a file that the run in --out does not replace, got .*{file}"
+    ):
+        train(settings(data, tmp_path / ".", weights=str(tmp_path / file)))
+    assert (tmp_path / file).exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ patience
 
 

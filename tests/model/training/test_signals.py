@@ -33,6 +33,17 @@ def test_during_an_evaluation_the_first_signal_stops() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_from_before_stops_what_stops_at_once_before_it_begins() -> None:
+    began = False
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM") as raised, stop.stopping_at_once():
+            began = True
+    assert not began
+    assert raised.value.status == 128 + signal.SIGTERM
+    assert not stop.at_once
+
+
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
