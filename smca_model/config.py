@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, get_args, get_origin, get_type_hints
 
 SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides to choose from, in pixels
 MAX_SIZE = 1333  # pixels of the longest side
@@ -56,12 +57,7 @@ class Config:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            allowed = {tuple: (tuple, list), float: (float, int)}.get(kind, (kind,))
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-                raise ValueError(f"{field.name} must be a {kind.__name__}, got {value!r}")
-        object.__setattr__(self, "strides", tuple(self.strides))  # JSON has lists only
+        check_kinds(self)
         counts = ("hidden_dim", "num_heads", "ffn_dim", "decoder_layers", "num_queries", "num_classes")
         for name in counts:
             _check_count(name, getattr(self, name))
@@ -71,6 +67,37 @@ class Config:
             raise ValueError(f"hidden_dim must be a multiple of 4, got {self.hidden_dim}")
 
 
+def check_kinds(values: Any) -> None:
+    """Check that every field of a frozen dataclass has a value of its type, and make its lists tuples.
+
+    JSON has lists only. Whole numbers are floats as well, booleans no numbers.
+
+    Args:
+        values: its fields are plain, tuples of what is plain, or None where their types say so.
+
+    Raises:
+        ValueError: naming the field, its type and the value.
+    """
+    kinds = get_type_hints(type(values))
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if not _is_of(value, kinds[field.name]):
+            raise ValueError(f"{field.name} must be a {field.type}, got {value!r}")
+        if isinstance(value, list):
+            object.__setattr__(values, field.name, tuple(value))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    kinds = get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(_is_of(each, kinds[0]) for each in value)
+    if kinds:
+        return any(_is_of(value, each) for each in kinds)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (float, int) if kind is float else kind)
+
+
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be whole and at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

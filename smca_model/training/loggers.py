@@ -181,7 +181,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int) -> dict[str, Service]:
-    """The loggers of those names, on a run in a folder, after so many steps.
+    """The loggers of those names, on a run in a folder, after so many steps; after none, as new runs of the services.
 
     Sets the environment's `WAITS` that are not set.
 
@@ -198,6 +198,8 @@ def open_loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]
         raise ValueError(
             f"{path} must be JSON, the runs' ids by logger ({error}); move it away for new runs"
         ) from error
+    if not step:  # the ids are of a run that was here before
+        ids = {}
     for name, seconds in WAITS.items():
         os.environ.setdefault(name, seconds)
     opened: dict[str, Service] = {}

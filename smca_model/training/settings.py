@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import MAX_SIZE, SIZES
+from ..config import MAX_SIZE, SIZES, check_kinds
 from ..presets import configure
 from .loggers import LOGGERS
 
@@ -25,7 +25,7 @@ class Settings:
     """A run; every field is an option of `smca train`. Defaults are those of the paper's 50-epoch schedule.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value of another type or out of range.
     """
 
     data: str = option("", "folder in the layout of COCO, Roboflow or YOLO, or a data.yaml", metavar="DIR")
@@ -77,8 +77,14 @@ class Settings:
     log_every: int = option(50, "steps between lines of metrics")
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices", ())
+            for each in value if isinstance(value, tuple) else (value,):
+                if choices and each not in choices:
+                    raise ValueError(f"{item.name} must be one of {choices}, got {each!r}")
         at_least = {"epochs": 1, "lr_drop": 0, "batch_size": 1, "accumulate": 1, "workers": 0, "log_every": 1}
-        at_least |= {"eval_every": 0, "patience": 0, "warmup_steps": 0, "seed": 0}
+        at_least |= {"eval_every": 0, "patience": 0, "warmup_steps": 0, "seed": 0, "max_size": 1}
         at_least |= {"lr": 0, "lr_backbone": 0, "weight_decay": 0, "save_minutes": 0}
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
@@ -87,8 +93,8 @@ class Settings:
             raise ValueError(f"clip must be positive, got {self.clip}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"sizes must be one or more short sides of at least 1 pixel, got {self.sizes}")
         if self.weights and self.detr_weights:
             raise ValueError(
                 f"weights and detr_weights can't both be a start, got {self.weights!r} and {self.detr_weights!r}"
@@ -97,8 +103,7 @@ class Settings:
             raise ValueError(f"lr_backbone can't be given with freeze_backbone, got {self.lr_backbone}")
         if self.patience and not self.eval_every:
             raise ValueError(f"patience counts evaluations, of which eval_every=0 has one, got {self.patience}")
-        unknown = [name for name in self.loggers if name not in LOGGERS]
-        if unknown or len(set(self.loggers)) < len(self.loggers):
+        if len(set(self.loggers)) < len(self.loggers):
             raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, each once, got {' '.join(self.loggers)}")
         configure(self.preset, **self.model_overrides())
 

@@ -343,6 +343,20 @@ def test_damaged_metrics_are_refused_by_their_path_before_anything_runs(
         ({"weights": "a.pt", "detr_weights": "b.pt"}, "weights and detr_weights can't both be a start"),
         ({"preset": "smca-r18", "overrides": ()}, "preset must be one of .*, got 'smca-r18'"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
+        ({"flip": "no"}, "flip must be a bool, got 'no'"),
+        ({"epochs": "5"}, "epochs must be a int, got '5'"),
+        ({"batch_size": 1.5}, "batch_size must be a int, got 1.5"),
+        ({"seed": True}, "seed must be a int, got True"),
+        ({"lr": "1e-4"}, "lr must be a float, got '1e-4'"),
+        ({"weights": None}, "weights must be a str, got None"),
+        ({"pretrained_backbone": "no"}, r"pretrained_backbone must be a bool \| None, got 'no'"),
+        ({"sizes": 800}, r"sizes must be a tuple\[int, ...\], got 800"),
+        ({"sizes": (800, "640")}, r"sizes must be a tuple\[int, ...\], got \(800, '640'\)"),
+        ({"sizes": ()}, r"sizes must be one or more short sides of at least 1 pixel, got \(\)"),
+        ({"sizes": (800, 0)}, r"sizes must be one or more short sides of at least 1 pixel, got \(800, 0\)"),
+        ({"max_size": 0}, "max_size must be at least 1, got 0"),
+        ({"loggers": "tensorboard"}, r"loggers must be a tuple\[str, ...\], got 'tensorboard'"),
+        ({"backend": "x"}, "backend must be one of .*, got 'x'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -356,6 +370,11 @@ def test_overrides_that_have_an_option_are_refused_before_data_is_opened(
 ) -> None:
     assert cli.main(["train", "--data", "missing", "--out", "missing", "--overrides", override]) == 2
     assert f"smca train: error: overrides can't set {override.split('=')[0]}" in capsys.readouterr().err
+
+
+def test_settings_may_be_lists_and_whole_numbers_as_a_file_may_have_them() -> None:
+    chosen = settings(Path("data"), Path("out"), sizes=[40, 48], loggers=[], lr=1, pretrained_backbone=False)
+    assert (chosen.sizes, chosen.loggers, chosen.lr) == ((40, 48), (), 1)
 
 
 def test_overrides_are_json_where_they_can_be() -> None:

@@ -258,7 +258,7 @@ def test_a_frozen_backbone_leaves_autograd_less_to_keep() -> None:
             {"loggers": ("wandb", "wandb")},
             "loggers must be among tensorboard, wandb, mlflow, each once, got wandb wandb",
         ),
-        ({"loggers": ("comet",)}, "loggers must be among .*, got comet"),
+        ({"loggers": ("comet",)}, "loggers must be one of .*, got 'comet'"),
     ],
 )
 def test_settings_that_dont_go_together_are_refused(changes: dict[str, Any], message: str) -> None:

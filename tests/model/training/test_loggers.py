@@ -162,6 +162,16 @@ def test_a_resumed_run_goes_on_with_its_own_at_each_service(
     assert mlflow == [("start_run", {"run_id": "123"})]  # its parameters can't be changed
 
 
+def test_a_new_run_in_the_folder_of_one_before_is_a_new_one_at_each_service(
+    tmp_path: Path, wandb: list[tuple[str, Any]], mlflow: list[tuple[str, Any]]
+) -> None:
+    (tmp_path / "loggers.json").write_text('{"wandb": "old", "mlflow": "1"}')
+    open_loggers(("mlflow", "wandb"), tmp_path, {}, 0)
+    assert "id" not in wandb[0][1]
+    assert mlflow[0] == ("start_run", {"run_name": tmp_path.name})
+    assert json.loads((tmp_path / "loggers.json").read_text()) == {"wandb": "abc", "mlflow": "123"}
+
+
 def test_damaged_ids_are_named(tmp_path: Path) -> None:
     (tmp_path / "loggers.json").write_text("[1")
     with pytest.raises(ValueError, match=r"loggers\.json must be JSON"):
