@@ -19,7 +19,7 @@ from .training.dry_run import dry_run, format_dry_run
 from .training.engine import TrainingError
 from .training.loop import train
 from .training.settings import Settings
-from .training.setup import check_packages_of
+from .training.setup import check_packages_of, check_start
 from .training.signals import Stopped
 
 
@@ -74,12 +74,14 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{' and '.join(f'--{name}' for name in absent)} must be given")
         settings = Settings(**given)
     check_packages_of(settings)
-    if args.dry_run:
-        report = dry_run(settings)
-        if distributed.rank() == 0:
-            print(format_dry_run(report))
-        return 0
     try:
+        if args.dry_run:
+            if not args.resume:
+                check_start(settings)
+            report = dry_run(settings)
+            if distributed.rank() == 0:
+                print(format_dry_run(report))
+            return 0
         train(settings, resume=bool(args.resume))
     except TrainingError as error:
         print(f"smca train: {error}", file=sys.stderr)

@@ -29,8 +29,14 @@ def dry_run(settings: Settings) -> dict[str, float]:
     Returns:
         steps; seconds_per_step and loading_seconds_per_step (medians; loading is the part of it that waited for
         data); projected_hours of all steps, without evaluations; peak_bytes of a step, and largest_peak_bytes of
-        a batch of the largest images that resizing can give, with 100 boxes each (on a CPU, of the whole process;
-        nan where the system doesn't tell, as Windows).
+        a batch of the largest images that resizing can give, with 100 boxes each, inf where the device's memory is too
+        small for it (on a CPU, of the whole process; nan where the system doesn't tell, as Windows).
+
+    Raises:
+        ValueError: for settings or data that don't fit.
+        TrainingError: when a loss or gradient is not finite.
+        torch.OutOfMemoryError: for a step; with several processes, for a batch of the largest images too, after process
+            0 has logged what is known.
     """
     with distributed.process_group() as device, arithmetic(settings, device), contextlib.ExitStack() as stack:
         train_set, _ = open_data(settings)
@@ -46,22 +52,29 @@ def dry_run(settings: Settings) -> dict[str, float]:
             loading.append(loaded - began)
             stepping.append(time.perf_counter() - began)
             began = time.perf_counter()
-        peak = _peak_bytes(device)
+        seconds = statistics.median(stepping[WARM_UP_STEPS:] or stepping)
+        found = {
+            "steps": settings.epochs * steps_per_epoch,
+            "seconds_per_step": seconds,
+            "loading_seconds_per_step": statistics.median(loading[WARM_UP_STEPS:] or loading),
+            "projected_hours": settings.epochs * steps_per_epoch * seconds / 3600,
+            "peak_bytes": _peak_bytes(device),
+            "largest_peak_bytes": math.inf,
+        }
         height, width = largest_size(train_set)
         boxes = torch.full((100, 4), 0.5, device=device)
         target = {"boxes": boxes, "labels": torch.zeros(100, dtype=torch.int64), "image_id": "largest"}
         target |= {"dropped_boxes": 0}
         largest = [torch.zeros(3, height, width)] * settings.batch_size, [target] * settings.batch_size
-        trainer.train_step([largest] * settings.accumulate)
-        seconds = statistics.median(stepping[WARM_UP_STEPS:] or stepping)
-        return {
-            "steps": settings.epochs * steps_per_epoch,
-            "seconds_per_step": seconds,
-            "loading_seconds_per_step": statistics.median(loading[WARM_UP_STEPS:] or loading),
-            "projected_hours": settings.epochs * steps_per_epoch * seconds / 3600,
-            "peak_bytes": peak,
-            "largest_peak_bytes": _peak_bytes(device),
-        }
+        try:
+            trainer.train_step([largest] * settings.accumulate)
+        except torch.OutOfMemoryError:
+            if distributed.world_size() > 1:  # the others may be waiting for this one's gradients
+                distributed.log(format_dry_run(found))
+                raise
+        else:
+            found["largest_peak_bytes"] = _peak_bytes(device)
+        return found
 
 
 def largest_size(dataset: CocoDetection) -> tuple[int, int]:
@@ -79,7 +92,11 @@ def format_dry_run(found: dict[str, float]) -> str:
     """The report of `dry_run`, in words."""
     step, loading = found["seconds_per_step"], found["loading_seconds_per_step"]
     peak, largest = (found[name] / 2**30 for name in ("peak_bytes", "largest_peak_bytes"))
-    memory = f"peak memory {peak:.2f} GiB, {largest:.2f} GiB with a batch of the largest images"
+    memory = f"peak memory {peak:.2f} GiB, "
+    if math.isinf(largest):
+        memory += "but a batch of the largest images does not fit into the device's"
+    else:
+        memory += f"{largest:.2f} GiB with a batch of the largest images"
     return (
         f"{step:.3f} s a step, {loading:.3f} s of them waiting for data\n"
         f"{found['steps']:.0f} steps: {found['projected_hours']:.2f} h, and the evaluations\n"

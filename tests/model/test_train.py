@@ -26,7 +26,7 @@ from small_disk import files_of_at_most
 
 from smca_kernels.tools import cli
 from smca_model import weights
-from smca_model.training import checkpoint, distributed, dry_run, setup
+from smca_model.training import checkpoint, distributed, setup
 from smca_model.training.engine import Trainer, TrainingError
 from smca_model.training.loop import train
 from smca_model.training.metrics import read_metrics
@@ -321,65 +321,12 @@ def test_damaged_metrics_are_refused_by_their_path_before_anything_runs(
 # -------------------------------------------------------------------------------------------------- settings and errors
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"clip": 0.0}, "clip must be positive, got 0.0"),
-        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
-        ({"precision": "fp8"}, "precision must be one of .*, got 'fp8'"),
-        ({"overrides": ("dropout",)}, "overrides must be of the form NAME=VALUE, got 'dropout'"),
-        (
-            {"overrides": ("num_classes=2",)},
-            "num_classes, which follows from the classes of --data, got 'num_classes=2'",
-        ),
-        ({"overrides": ("backend=sdpa",)}, "backend, which has an option, --backend, got 'backend=sdpa'"),
-        ({"overrides": ("preset=smca-r50",)}, "preset, which has an option, --preset, got 'preset=smca-r50'"),
-        ({"overrides": ("pretrained_backbone=0",)}, "which has an option, --pretrained-backbone, got 'pretrained_"),
-        ({"overrides": ("lr=1",)}, "lr, which has an option, --lr, got 'lr=1'"),
-        ({"overrides": ("beta=1", "beta=2")}, "overrides must name a field once, got beta twice"),
-        ({"overrides": ("colour=red",)}, "overrides must be among .*, got colour"),
-        ({"overrides": ("dropout=half",)}, "dropout must be a float, got 'half'"),
-        ({"weights": "a.pt", "detr_weights": "b.pt"}, "weights and detr_weights can't both be a start"),
-        ({"preset": "smca-r18", "overrides": ()}, "preset must be one of .*, got 'smca-r18'"),
-        ({"lr": float("nan")}, "lr must be at least 0, got nan"),
-        ({"flip": "no"}, "flip must be a bool, got 'no'"),
-        ({"epochs": "5"}, "epochs must be a int, got '5'"),
-        ({"batch_size": 1.5}, "batch_size must be a int, got 1.5"),
-        ({"seed": True}, "seed must be a int, got True"),
-        ({"lr": "1e-4"}, "lr must be a float, got '1e-4'"),
-        ({"weights": None}, "weights must be a str, got None"),
-        ({"pretrained_backbone": "no"}, r"pretrained_backbone must be a bool \| None, got 'no'"),
-        ({"sizes": 800}, r"sizes must be a tuple\[int, ...\], got 800"),
-        ({"sizes": (800, "640")}, r"sizes must be a tuple\[int, ...\], got \(800, '640'\)"),
-        ({"sizes": ()}, r"sizes must be one or more short sides of at least 1 pixel, got \(\)"),
-        ({"sizes": (800, 0)}, r"sizes must be one or more short sides of at least 1 pixel, got \(800, 0\)"),
-        ({"max_size": 0}, "max_size must be at least 1, got 0"),
-        ({"loggers": "tensorboard"}, r"loggers must be a tuple\[str, ...\], got 'tensorboard'"),
-        ({"backend": "x"}, "backend must be one of .*, got 'x'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(Path("data"), Path("out"), **changes)
-
-
 @pytest.mark.parametrize("override", ["num_classes=2", "backend=sdpa", "preset=detr-tiny", "pretrained_backbone=true"])
 def test_overrides_that_have_an_option_are_refused_before_data_is_opened(
     override: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", "--data", "missing", "--out", "missing", "--overrides", override]) == 2
     assert f"smca train: error: overrides can't set {override.split('=')[0]}" in capsys.readouterr().err
-
-
-def test_settings_may_be_lists_and_whole_numbers_as_a_file_may_have_them() -> None:
-    chosen = settings(Path("data"), Path("out"), sizes=[40, 48], loggers=[], lr=1, pretrained_backbone=False)
-    assert (chosen.sizes, chosen.loggers, chosen.lr) == ((40, 48), (), 1)
-
-
-def test_overrides_are_json_where_they_can_be() -> None:
-    chosen = settings(Path("data"), Path("out"), overrides=("dropout=0.5", "geometry=paper", "strides=[8, 16]"))
-    assert chosen.model_overrides() == {"dropout": 0.5, "geometry": "paper", "strides": [8, 16]}
 
 
 def test_a_step_larger_than_the_data_is_refused_and_nothing_is_written(data: Path, tmp_path: Path) -> None:
@@ -457,19 +404,6 @@ def test_pretrained_weights_are_the_default_where_the_backbone_has_any(
     assert [preset for preset, pretrained in asked if pretrained] == ["smca-r50"]
 
 
-def test_a_dry_run_reports_and_writes_nothing(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = ["train", "--dry-run", "--data", str(data), "--preset", "smca-tiny", "--workers", "0"]
-    assert cli.main([*command, "--overrides", *TINY, "--sizes", "48", "--max-size", "96", "--epochs", "7"]) == 0
-    told = capsys.readouterr().out
-    assert "28 steps: " in told
-    assert " s a step, " in told
-    assert "peak memory " in told
-    assert not list(tmp_path.iterdir())
-
-
 def test_every_command_imports_and_trains_without_the_modules_of_unix(data: Path, tmp_path: Path) -> None:
     command = ["train", "--data", str(data), "--preset", "smca-tiny", "--overrides", *TINY, "--sizes", "48"]
     command += ["--max-size", "96", "--epochs", "1", "--workers", "0"]
@@ -540,15 +474,6 @@ def test_a_build_of_torch_without_process_groups_trains_in_one_process(monkeypat
     monkeypatch.delattr(torch.distributed, "is_initialized")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.summed([1.0], torch.device("cpu")) == [1.0]
-
-
-def test_the_largest_batch_holds_the_highest_and_the_widest_image() -> None:
-    class Images:
-        sizes, max_size, orig_sizes = (400, 800), 1333, [(480, 640), (1000, 500), (100, 1000)]
-
-    assert dry_run.largest_size(Images()) == (1333, 1333)  # type: ignore[arg-type]
-    Images.orig_sizes = [(480, 640)]
-    assert dry_run.largest_size(Images()) == (800, 1067)  # type: ignore[arg-type]
 
 
 def test_every_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
