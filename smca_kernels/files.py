@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether a path has nothing yet, or a regular file that this process's own output doesn't go to.
+
+    A rename would put a file in the place of a pipe, a device or `/dev/stdout`, which nothing would reach any more.
+    """
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(there.st_mode) and not any(os.path.samestat(there, own) for own in _own_output())
+
+
+def _own_output() -> Iterator[os.stat_result]:
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            yield os.fstat(descriptor)
 
 
 @contextmanager
@@ -20,7 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
         path: where the file is to be; its folder must exist.
 
     Raises:
-        OSError: with the path's name, when the folder is missing, full or can't be written.
+        OSError: with the path's name, when the folder is missing, full or can't be written, and when what is there is
+            no regular file.
     """
     with naming(path), _replacing(path) as temporary:
         yield temporary
@@ -28,6 +48,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
+    if not is_replaceable(path):
+        raise OSError(errno.EINVAL, "not a regular file, and not replaced by one")
     name = _new_file(path.absolute())
     try:
         yield name

@@ -54,6 +54,26 @@ def test_files_are_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> N
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_and_the_process_s_own_output_are_not_replaced(tmp_path: Path) -> None:
+    pipe, output = tmp_path / "pipe", tmp_path / "output"
+    os.mkfifo(pipe)
+    (tmp_path / "stdout").symlink_to(output)
+    saved = os.dup(1)
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+    try:
+        for path in (pipe, output, tmp_path / "stdout"):
+            with pytest.raises(OSError, match=f"not a regular file, and not replaced by one: '{path}'"):
+                write_text(path, "text")
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "output", "stdout"}
+    assert (tmp_path / "stdout").is_symlink()
+
+
 @pytest.mark.parametrize("name", ["m" * 255, "é" * 127, "model.safetensors", "picture.png", "a"])
 def test_every_name_that_fits_its_folder_can_be_written(tmp_path: Path, name: str) -> None:
     with replacing(tmp_path / name) as temporary:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smca_kernels.files import is_replaceable
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,13 +25,17 @@ DISTRIBUTIONS = {
 
 
 def check_output_file(option: str, path: Path | None) -> None:
-    """Check that an option's file can be written: not a folder, and in one that exists. None is no file.
+    """Check that an option's file can be written: a regular one or a new one, in a folder that exists. None is no file.
 
     Raises:
         ValueError: naming the option and the path.
     """
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{option} must name a file in an existing folder, got {path}")
+    if not is_replaceable(path):
+        raise ValueError(f"{option} must name a regular file or a new one, no pipe, device or stream, got {path}")
 
 
 def make_folder(option: str, path: Path) -> None:
@@ -69,6 +75,8 @@ def choose_device(name: str | None = None) -> torch.device:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "meta":
+            raise ValueError(f"--device {name} can't be used: it has shapes, but no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} can't be used: {first_line(error)}") from None

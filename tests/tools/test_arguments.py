@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
+
 import pytest
 
-from smca_kernels.tools.arguments import first_line
+from smca_kernels.tools import cli
+from smca_kernels.tools.arguments import check_output_file, choose_device, first_line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_an_output_file_is_no_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert cli.main(["env", "--json", str(pipe)]) == 2
+    message = f"smca env: error: --json must name a regular file or a new one, no pipe, device or stream, got {pipe}"
+    assert message in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_an_output_file_is_new_or_a_regular_one(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("old", "link", "broken", "new"):
+        check_output_file("--json", tmp_path / name)
+    check_output_file("--json", None)
+
+
+@pytest.mark.parametrize("name", ["meta", "meta:0"])
+def test_a_device_without_values_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--device {name} can't be used: it has shapes, but no values"):
+        choose_device(name)
 
 
 @pytest.mark.parametrize(
