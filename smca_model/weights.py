@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -124,8 +125,10 @@ def save(
         metadata["evaluation"] = json.dumps(dict(evaluation))
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
             save_file(state, temporary, metadata)
+            temporary.chmod(mode)  # safetensors puts a file of its own there, which nobody else can read
         except SafetensorError as error:  # it has the system's error as text alone
             number = re.search(r"os error (\d+)", str(error))
             if number is None:

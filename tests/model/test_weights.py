@@ -6,7 +6,9 @@ import argparse
 import errno
 import json
 import math
+import os
 import re
+import stat
 
 import pytest
 import torch
@@ -284,6 +286,18 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_are_as_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        weights.save(tiny_detector(), tmp_path / "model.safetensors", CLASSES)
+    finally:
+        os.umask(before)
+
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
 
 
 def test_a_full_disk_is_an_os_error_with_the_file_s_name_and_nothing_half_written(tmp_path):
