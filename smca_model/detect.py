@@ -21,7 +21,7 @@ from smca_kernels.files import replacing, write_text
 from smca_kernels.tools.arguments import check_packages, make_folder
 
 from .config import IMAGE_SUFFIXES
-from .evaluate import add_model_arguments, check_model_arguments, chosen_image_size, load_model
+from .evaluate import add_model_arguments, check_model_arguments, check_threshold, chosen_image_size, load_model
 from .pictures import best_queries, draw_attention, draw_boxes, write_picture
 from .training.signals import StopSignals
 
@@ -217,14 +217,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("detections"), metavar="DIR", help="default: %(default)s")
     add("--threshold", type=float, default=0.5, metavar="SCORE", help="least score shown; default: %(default)s")
     add("--attention", action="store_true", help="draw prior and co-attention of queries, per head and scale")
-    add("--queries", type=int, nargs="+", metavar="N", help="which; default: the three that are surest")
-    add("--layer", type=int, default=-1, metavar="N", help="decoder layer, from 0 or from the end; default: the last")
+    add("--queries", type=int, nargs="+", metavar="N", help="of --attention; default: the three that are surest")
+    add("--layer", type=int, metavar="N", help="of --attention: decoder layer, from 0 or the end; default: the last")
 
 
 def run(args: argparse.Namespace) -> int:
     """`smca detect`: exit status 0, or 1 with a list of what it left out: files that can't be read, too long names.
 
-    A video that SIGINT or SIGTERM ended is written as far as it was, with the status 128 + the signal's number.
+    What SIGINT or SIGTERM ended is written as far as it was, with the status 128 + the signal's number.
 
     Raises:
         ValueError: when it can't start, and when nothing can be read.
@@ -233,6 +233,9 @@ def run(args: argparse.Namespace) -> int:
     check_packages(("matplotlib", "safetensors", "torchvision", "tqdm"), "model,demo")
     if not args.images and args.webcam is None:
         raise ValueError("give images, folders, videos, or --webcam N")
+    check_threshold(args.threshold)
+    if not args.attention and (args.queries is not None or args.layer is not None):
+        raise ValueError(f"{'--layer' if args.queries is None else '--queries'} must go with --attention")
     images, videos = _files(args.images)
     written = {(args.out / f"{file.stem}{ending}").resolve() for file in (*images, *videos) for ending in ENDINGS}
     for file in (*images, *videos):
@@ -251,17 +254,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         model, device = load_model(args)
         queries, layers = model.config.num_queries, model.config.decoder_layers
-        if not -layers <= args.layer < layers:
+        if args.layer is not None and not -layers <= args.layer < layers:
             raise ValueError(f"--layer must be in -{layers} … {layers - 1}, got {args.layer}")
         if not all(0 <= query < queries for query in args.queries or ()):
             raise ValueError(f"--queries must be in 0 … {queries - 1}, got {args.queries}")
         shown = model if args.attention else None
     make_folder("--out", args.out)
     work = _Work(args, model, shown)
-    work.do_images(images)
-    work.do_videos(videos)
+    with work.stop:
+        work.do_images(images)
+        work.do_videos(videos)
     left_out = [told for file in (*images, *videos, Path("webcam")) for told in work.left_out.get(file, ())]
     if not work.entries:
+        if work.stop.number:
+            return 128 + work.stop.number
         raise ValueError("\n".join(left_out))
     report = [work.entries[file] for file in (*images, *videos, Path("webcam")) if file in work.entries]
     write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
@@ -286,27 +292,34 @@ class _Work:
         self.objects = 0
         self.timings: list[tuple[int, float]] = []
         self.stop = StopSignals()
+        self.min_side: int = getattr(model, "min_side", 1)
 
     def speed(self) -> float:
         counted = self.timings[1:] or self.timings  # the first batch warms up
         return sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
 
     def do_images(self, files: Sequence[Path]) -> None:
-        """Write entries and pictures of images; those of like sizes are in a batch, whatever their order."""
+        """Write entries and pictures of images until stopped; those of like sizes are in a batch in whatever order."""
         from tqdm import tqdm
 
         from .data.images import load_image, resized_size
 
         groups: dict[tuple[int, int] | None, list[Path]] = defaultdict(list)
         for file in files:
+            if self.stop.number:
+                return
             size = _size_of(file)
             groups[size and resized_size(size, *self.model.image_size)].append(file)
         batches = [batch for group in groups.values() for batch in _batches(group, self.args.batch_size)]
         for batch in tqdm(batches, desc="detection", unit="batch", disable=not files):
+            if self.stop.number:
+                return
             images: dict[Path, Tensor] = {}
             for file in batch:
                 with _noting(self.left_out[file]):
-                    images[file] = load_image(file)
+                    image = load_image(file)
+                    self._check_sides(f"image {file}", image.shape[1], image.shape[2])
+                    images[file] = image
             if not images:
                 continue
             began = time.perf_counter()
@@ -314,6 +327,17 @@ class _Work:
             self.timings.append((len(images), time.perf_counter() - began))
             for (file, image), found in zip(images.items(), results, strict=True):
                 self._write_image(file, image, found)
+
+    def _check_sides(self, name: str, height: int, width: int) -> None:
+        """Raise DataError for what has too small a side for an exported detector once it is resized."""
+        from .data.images import DataError, format_size, resized_size
+
+        resized = resized_size((height, width), *self.model.image_size)
+        if min(resized) < self.min_side:
+            raise DataError(
+                f"{name} must have sides of at least {self.min_side} pixels for this exported detector, got "
+                f"{format_size(height, width)}, resized to {format_size(*resized)}"
+            )
 
     def _write_image(self, file: Path, image: Tensor, found: dict[str, Tensor]) -> None:
         args, (height, width) = self.args, image.shape[1:]
@@ -326,9 +350,10 @@ class _Work:
         if self.shown is not None:
             (resized,) = _inputs(self.shown, [image])
             chosen = args.queries or best_queries(self.shown, resized, 3)
+            layer = -1 if args.layer is None else args.layer
             with _noting(self.left_out[file]):
                 path = args.out / f"{file.stem}_attention.png"
-                draw_attention(self.shown, resized, path, queries=chosen, layer=args.layer)
+                draw_attention(self.shown, resized, path, queries=chosen, layer=layer)
 
     def do_videos(self, files: Sequence[Path]) -> None:
         """Write entries, videos with boxes and lines of JSON of videos, then of the webcam, unless stopped before."""
@@ -336,19 +361,19 @@ class _Work:
             return
         from .video import VideoFile, Webcam
 
-        with self.stop:
-            for file in files:
-                if not self.stop.number:
-                    with _noting(self.left_out[file]), VideoFile(file) as video:
-                        self._write_video(file, file.stem, video, self.args.batch_size)
-            if self.args.webcam is not None and not self.stop.number:
-                number = self.args.webcam
-                with _noting(self.left_out[Path("webcam")]), Webcam(number) as webcam:
-                    # One by one, so that none waits for others to come.
-                    self._write_video(Path("webcam"), f"webcam_{number}", webcam, 1)
+        for file in files:
+            if not self.stop.number:
+                with _noting(self.left_out[file]), VideoFile(file) as video:
+                    self._write_video(file, file.stem, video, self.args.batch_size)
+        if self.args.webcam is not None and not self.stop.number:
+            number = self.args.webcam
+            with _noting(self.left_out[Path("webcam")]), Webcam(number) as webcam:
+                # One by one, so that none waits for others to come.
+                self._write_video(Path("webcam"), f"webcam_{number}", webcam, 1)
 
     def _write_video(self, file: Path, name: str, video: VideoFile | Webcam, batch_size: int) -> None:
         args = self.args
+        self._check_sides(f"video {video.name}", video.height, video.width)
         records = args.out / f"{name}_detections.jsonl"
         result = detect_video(
             self.model,

@@ -187,6 +187,12 @@ def check_model_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
 
 
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError for a --threshold that is no score."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold must be a score in 0 … 1, got {threshold:g}")
+
+
 def chosen_image_size(args: argparse.Namespace, saved: tuple[int, int]) -> tuple[int, int]:
     """What `add_model_arguments` gave of the `image_size`, and for the rest that of the detector's file.
 
@@ -210,8 +216,7 @@ def run(args: argparse.Namespace) -> int:
     check_packages(("pycocotools", "safetensors", "torchvision", "tqdm"), "model")
     if args.out is not None:
         check_packages(("matplotlib",), "model")
-    if not 0 <= args.threshold <= 1:
-        raise ValueError(f"--threshold must be a score in 0 … 1, got {args.threshold:g}")
+    check_threshold(args.threshold)
     check_output_file("--json", args.json)
     check_output_file("--detections", args.detections)
     if args.workers < 0:

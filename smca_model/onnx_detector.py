@@ -45,6 +45,7 @@ class OnnxDetector:
 
     Attributes:
         classes, image_size: as those of `SMCA`.
+        min_side: least pixels of a side of the images that it takes.
         device: the CPU.
 
     Raises:
@@ -64,7 +65,7 @@ class OnnxDetector:
         self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
         short, longest = json.loads(metadata["image_size"])
         self.image_size: tuple[int, int] = (short, longest)
-        self._min_side = int(metadata["min_side"])
+        self.min_side = int(metadata["min_side"])
 
     def __call__(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """pred_logits [B, N, num_classes] and pred_boxes [B, N, 4] of images [3, height, width] in float32, normalised.
@@ -74,9 +75,9 @@ class OnnxDetector:
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
-            if min(image.shape[1:]) < self._min_side:
+            if min(image.shape[1:]) < self.min_side:
                 raise ValueError(
-                    f"images[{i}] must have sides of at least {self._min_side} pixels for this exported detector, got "
+                    f"images[{i}] must have sides of at least {self.min_side} pixels for this exported detector, got "
                     f"{list(image.shape)}"
                 )
             groups.setdefault(tuple(image.shape), []).append(i)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,41 @@ def test_what_is_no_image_keeps_no_other_from_being_written(
     assert "._a.png" not in told.err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_found_before_a_stop_is_written(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    calls = []
+    real = SMCA.forward
+
+    def forward(self: SMCA, images: list[torch.Tensor]) -> object:
+        calls.append(len(images))
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return real(self, images)
+
+    monkeypatch.setattr(SMCA, "forward", forward)
+    files = [write_image(tmp_path / "images" / f"{name}.png") for name in "abcdef"]
+    before = signal.getsignal(number)
+    command = ["detect", str(tmp_path / "images"), "--weights", str(weights_file), "--out", str(tmp_path / "found")]
+    assert cli.main([*command, "--batch-size", "2"]) == 128 + number
+    report = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert [each["image"] for each in report] == list(map(str, files[:4]))
+    assert {path.name for path in tmp_path.glob("found/*.png")} == {f"{name}_boxes.png" for name in "abcd"}
+    assert signal.getsignal(number) == before
+
+
+def test_a_stop_before_anything_was_found_writes_nothing(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "images" / "a.png")
+    monkeypatch.setattr(detect, "_size_of", lambda path: os.kill(os.getpid(), signal.SIGINT))
+    command = ["detect", str(tmp_path / "images"), "--weights", str(weights_file), "--out", str(tmp_path / "found")]
+    assert cli.main(command) == cli.INTERRUPTED
+    assert "error" not in capsys.readouterr().err
+    assert not list((tmp_path / "found").iterdir())
+
+
 def test_photographs_are_shown_and_reported_upright(weights_file: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 8
@@ -183,8 +220,12 @@ def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: 
     [
         (["missing.png"], "images must be files or folders, there is no missing.png"),
         (["."], "a folder must have images in it"),
-        (["image.png", "--layer", "2"], "--layer must be in -2 … 1, got 2"),
-        (["image.png", "--queries", "6"], "--queries must be in 0 … 5, got"),
+        (["image.png", "--attention", "--layer", "2"], "--layer must be in -2 … 1, got 2"),
+        (["image.png", "--attention", "--queries", "6"], "--queries must be in 0 … 5, got"),
+        (["image.png", "--layer", "-1"], "--layer must go with --attention"),
+        (["image.png", "--queries", "1"], "--queries must go with --attention"),
+        (["image.png", "--threshold", "50"], "--threshold must be a score in 0 … 1, got 50"),
+        (["image.png", "--threshold", "nan"], "--threshold must be a score in 0 … 1, got nan"),
         (["image.png", "--size", "0"], "--size must be at least 1, got 0"),
         (["image.png", "--size", "96"], "--size must be below --max-size, got 96 and 96"),
         (["image.png", "--device", "gpux"], "--device gpux can't be used: "),

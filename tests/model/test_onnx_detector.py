@@ -54,6 +54,31 @@ def test_smca_detect_finds_the_same_boxes_in_either_runtime(exported, tmp_path):
             assert one["box"] == pytest.approx(other["box"], abs=0.11)  # both are rounded to 0.1
 
 
+def test_an_image_too_thin_for_the_runtime_keeps_no_other_from_being_written(exported, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for name, size in (("a", (64, 48)), ("b", (900, 3)), ("c", (64, 48))):
+        Image.new("RGB", size).save(tmp_path / "images" / f"{name}.png")
+    options = ["--weights", str(exported / "model.onnx"), "--runtime", "onnx", "--out", str(tmp_path / "out")]
+    assert cli.main(["detect", str(tmp_path / "images"), *options]) == 1
+    report = json.loads((tmp_path / "out" / "detections.json").read_text("utf-8"))
+    assert [Path(each["image"]).name for each in report] == ["a.png", "c.png"]
+    told = (
+        f"smca detect: 1 left out:\nimage {tmp_path / 'images' / 'b.png'} must have sides of at least 9 pixels for "
+        "this exported detector, got 900 × 3 pixels, resized to 96 × 1 pixels"
+    )
+    assert told in capsys.readouterr().err
+
+
+def test_a_video_too_thin_for_the_runtime_is_named(exported, tmp_path, capsys):
+    pytest.importorskip("av")
+    from small_videos import shades, write_frames
+
+    film = write_frames(tmp_path / "film.mkv", shades(2, height=4), codec="ffv1")
+    options = ["--weights", str(exported / "model.onnx"), "--runtime", "onnx", "--out", str(tmp_path / "out")]
+    assert cli.main(["detect", str(film), *options]) == 2
+    assert f"error: video {film} must have sides of at least 9 pixels" in capsys.readouterr().err
+
+
 def test_the_documented_way_to_read_an_onnx_file_gives_what_postprocess_gives(exported, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
     (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
@@ -99,6 +124,8 @@ def test_files_of_another_kind_are_refused_by_their_path(exported, tmp_path):
     [
         (["--attention"], "--attention must go with --runtime torch"),
         (["--device", "cuda"], "--device must be cpu with --runtime onnx, got cuda"),
+        (["--queries", "1"], "--queries must go with --attention"),
+        (["--layer", "0"], "--layer must go with --attention"),
         (["--size", "0"], "--size must be at least 1, got 0"),
         (["--size", "96"], "--size must be below --max-size, got 96 and 96"),
     ],
