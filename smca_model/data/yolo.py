@@ -351,7 +351,11 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
                 raise ValueError(f"{file}: must be keys and values, such as train, val and names")
-            settings: dict[str, Any] = loader.construct_document(node)
+            try:
+                settings: dict[str, Any] = loader.construct_document(node)
+            # PyYAML raises whatever comes of a value that doesn't fit its tag: !!bool x, !!int "", !!timestamp x.
+            except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
+                raise ValueError(f"{file}: every value must fit its tag, such as !!int ({error})") from None
         finally:
             loader.dispose()
     except OSError as error:

@@ -426,6 +426,16 @@ def test_no_tag_of_a_data_yaml_runs_anything(tmp_path: Path, tag: str) -> None:
     assert not made.exists()
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["!!bool x", "!!int x", "!!int ''", "!!float x", "!!timestamp x", "!!timestamp 2020-13-45", "[a, !!bool x]"],
+)
+def test_a_value_that_does_not_fit_its_tag_is_refused_by_the_file(tmp_path: Path, value: str) -> None:
+    file = write_yolo(tmp_path, {}, settings=f"val: images/val\nnames: [a]\nd: {value}")
+    with pytest.raises(ValueError, match=r"data\.yaml: every value must fit its tag, such as !!int \("):
+        yolo.open_yolo(file, "val")
+
+
 def test_anchors_that_stand_for_billions_of_names_are_refused_at_once(tmp_path: Path) -> None:
     lines = ["l0: &l0 [a, a, a, a, a, a, a, a, a]"]
     lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
