@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, get_args, get_origin, get_type_hints
 
 SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short sides to choose from, in pixels
@@ -63,8 +64,14 @@ class Config:
             _check_count(name, getattr(self, name))
         for stride in self.strides:
             _check_count("strides", stride)
+        if not self.strides or any(low >= high for low, high in pairwise(self.strides)):
+            raise ValueError(f"strides must be one or more, ascending, got {self.strides}")
         if self.hidden_dim % 4:
             raise ValueError(f"hidden_dim must be a multiple of 4, got {self.hidden_dim}")
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim must be a multiple of num_heads={self.num_heads}, got {self.hidden_dim}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be in 0 … 1, got {self.dropout:g}")
 
 
 def check_kinds(values: Any) -> None:
