@@ -197,13 +197,13 @@ def chosen_image_size(args: argparse.Namespace, saved: tuple[int, int]) -> tuple
     """What `add_model_arguments` gave of the `image_size`, and for the rest that of the detector's file.
 
     Raises:
-        ValueError: for a short side that is not below the longest.
+        ValueError: for a short side beyond the longest.
     """
     size, max_size = (
         of_file if given is None else given for given, of_file in zip((args.size, args.max_size), saved, strict=True)
     )
-    if size >= max_size:
-        raise ValueError(f"--size must be below --max-size, got {size} and {max_size}")
+    if size > max_size:
+        raise ValueError(f"--size must be at most --max-size, got {size} and {max_size}")
     return size, max_size
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -111,10 +112,15 @@ def save(
         evaluation: what is known of these weights, such as their AP; `read_evaluation` reads it.
 
     Raises:
-        ValueError: for another number of classes than the model has.
+        ValueError: for another number of classes than the model has, for names that repeat, and for an `image_size` of
+            which the short side is not within the longest.
         OSError: with the file's name, when it can't be written.
     """
     _check_classes(classes, model.config)
+    if not _is_image_size(model.image_size):
+        raise ValueError(
+            f"model.image_size must be pixels of the short side and of the longest, got {model.image_size}"
+        )
     metadata = {
         "format": FORMAT,
         "config": json.dumps(asdict(model.config)),
@@ -421,15 +427,31 @@ def _read_metadata(metadata: Mapping[str, str], path: str) -> tuple[Config, tupl
         raise ValueError(f"{path} is damaged: its classes must be a list of names, got {classes!r}")
     if len(classes) != config.num_classes:
         raise ValueError(f"{path} is damaged: it must have {config.num_classes} class names, got {len(classes)}")
-    sides: list[Any] = image_size if isinstance(image_size, list) and len(image_size) == 2 else [None]
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-        raise ValueError(f"{path} is damaged: its image_size must be two numbers of pixels, got {image_size!r}")
-    return config, tuple(classes), (sides[0], sides[1])
+    if repeated := _repeated(classes):
+        raise ValueError(f"{path} is damaged: each of its classes must be there once, repeated: {_shortened(repeated)}")
+    if not _is_image_size(image_size):
+        raise ValueError(
+            f"{path} is damaged: its image_size must be two numbers of pixels, of the short side and of the longest, "
+            f"got {image_size!r}"
+        )
+    return config, tuple(classes), (image_size[0], image_size[1])
+
+
+def _is_image_size(sides: Any) -> bool:
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2:
+        return False
+    return all(isinstance(side, int) and not isinstance(side, bool) for side in sides) and 1 <= sides[0] <= sides[1]
 
 
 def _check_classes(classes: Sequence[str], config: Config) -> None:
     if len(classes) != config.num_classes:
         raise ValueError(f"classes must be {config.num_classes} names, one a label, got {len(classes)}")
+    if repeated := _repeated(classes):
+        raise ValueError(f"each of classes must be there once, repeated: {_shortened(repeated)}")
+
+
+def _repeated(classes: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(classes).items() if count > 1 and name != NO_CLASS]
 
 
 def _official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Tensor]:

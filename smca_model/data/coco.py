@@ -106,8 +106,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         upright: bool = False,
         progress: bool = False,
     ) -> None:
-        if not sizes or min(sizes) < 1 or max_size <= max(sizes):
-            raise ValueError(f"sizes must be at least one, from 1 to below max_size={max_size}, got {list(sizes)}")
+        if not sizes or min(sizes) < 1 or max_size < max(sizes):
+            raise ValueError(f"sizes must be at least one, from 1 to max_size={max_size}, got {list(sizes)}")
         self.images, self.annotations = Path(images), annotations
         self.train, self.sizes, self.max_size = train, tuple(sizes), max_size
         self.flip, self.crop, self.seed = flip, crop, seed

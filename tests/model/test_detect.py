@@ -207,6 +207,19 @@ def test_images_are_resized_as_the_weights_say_unless_told_otherwise(
     assert seen == [sides]
 
 
+def test_sides_may_be_as_long_as_the_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    real = SMCA.forward
+    monkeypatch.setattr(SMCA, "forward", lambda self, images: seen.append(images[0].shape[1:]) or real(self, images))
+    weights.save(small_detector((48, 48)), tmp_path / "model.safetensors", CLASSES)
+    files = [write_image(tmp_path / "a.png", 90, 60), write_image(tmp_path / "b.png", 60, 60)]
+    options = ["--weights", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "found")]
+    assert cli.main(["detect", *map(str, files), *options]) == 0
+    assert seen == [(32, 48), (48, 48)]
+
+
 def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: Path) -> None:
     image, out = write_image(tmp_path / "image.png"), tmp_path / "found"
     command = ["detect", str(image), "--weights", str(weights_file), "--out", str(out)]
@@ -227,7 +240,7 @@ def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: 
         (["image.png", "--threshold", "50"], "--threshold must be a score in 0 … 1, got 50"),
         (["image.png", "--threshold", "nan"], "--threshold must be a score in 0 … 1, got nan"),
         (["image.png", "--size", "0"], "--size must be at least 1, got 0"),
-        (["image.png", "--size", "96"], "--size must be below --max-size, got 96 and 96"),
+        (["image.png", "--size", "97"], "--size must be at most --max-size, got 97 and 96"),
         (["image.png", "--device", "gpux"], "--device gpux can't be used: "),
         (["image.png", "other/image.jpg"], "images must differ in name without suffix"),
         (["text.png"], "image text.png can't be read"),

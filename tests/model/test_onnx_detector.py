@@ -127,7 +127,7 @@ def test_files_of_another_kind_are_refused_by_their_path(exported, tmp_path):
         (["--queries", "1"], "--queries must go with --attention"),
         (["--layer", "0"], "--layer must go with --attention"),
         (["--size", "0"], "--size must be at least 1, got 0"),
-        (["--size", "96"], "--size must be below --max-size, got 96 and 96"),
+        (["--size", "97"], "--size must be at most --max-size, got 97 and 96"),
     ],
 )
 def test_options_that_the_runtime_lacks_are_refused(exported, tmp_path, capsys, option, message):

@@ -271,6 +271,22 @@ def test_a_model_with_another_number_of_classes_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_class_names_are_saved_once_but_for_those_that_mean_nothing(tmp_path):
+    with pytest.raises(ValueError, match="each of classes must be there once, repeated: a, b"):
+        weights.save(tiny_detector(), tmp_path / "model.safetensors", ("a", "b", "a", "b", "e"))
+    assert not list(tmp_path.iterdir())
+    weights.save(tiny_detector(), tmp_path / "model.safetensors", ("a", "N/A", "N/A", "b", "e"))
+    assert weights.load(tmp_path / "model.safetensors").classes == ("a", "N/A", "N/A", "b", "e")
+
+
+@pytest.mark.parametrize("image_size", [(96, 48), (0, 48), (48,), (48.0, 96)])
+def test_an_image_size_that_no_image_can_have_is_not_saved(tmp_path, image_size):
+    model = tiny_detector()
+    model.image_size = image_size
+    with pytest.raises(ValueError, match="image_size must be pixels of the short side and of the longest, got"):
+        weights.save(model, tmp_path / "model.safetensors", CLASSES)
+
+
 def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     weights.save(tiny_detector(), path, CLASSES)
@@ -333,6 +349,8 @@ def test_files_of_another_kind_are_refused_by_their_path(tmp_path):
     ("part", "value", "message"),
     [
         ("classes", '["a", "b"]', "is damaged: it must have 5 class names, got 2"),
+        ("classes", '["a", "b", "b", "c", "d"]', "is damaged: each of its classes must be there once, repeated: b"),
+        ("image_size", "[96, 48]", "is damaged: its image_size must be two numbers of pixels, of the short side"),
         ("classes", '{"a": 1}', "is damaged: its classes must be a list of names"),
         ("classes", "[1, 2, 3, 4, 5]", "is damaged: its classes must be a list of names"),
         ("classes", None, "is damaged: its classes must be JSON, got None"),

@@ -365,10 +365,10 @@ def test_workers_that_live_on_see_a_new_epoch(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(loaded, here, strict=True))
 
 
-@pytest.mark.parametrize(("sizes", "max_size"), [((), 1333), ((0, 4), 1333), ((64, 96), 96)])
+@pytest.mark.parametrize(("sizes", "max_size"), [((), 1333), ((0, 4), 1333), ((64, 97), 96)])
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path, sizes: tuple[int, ...], max_size: int) -> None:
     paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, 9, 9])])
-    with pytest.raises(ValueError, match="sizes must be at least one, from 1 to below max_size"):
+    with pytest.raises(ValueError, match="sizes must be at least one, from 1 to max_size"):
         validation(paths, sizes=sizes, max_size=max_size)
 
 
