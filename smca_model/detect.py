@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smca_kernels.files import replacing, write_text
-from smca_kernels.tools.arguments import check_packages, make_folder
+from smca_kernels.tools.arguments import check_packages, make_folder, naming_option
 
 from .config import IMAGE_SUFFIXES
 from .evaluate import add_model_arguments, check_model_arguments, check_threshold, chosen_image_size, load_model
@@ -413,7 +413,8 @@ def _load_onnx(args: argparse.Namespace) -> tuple[OnnxDetector, torch.device]:
     check_packages(("onnxruntime",), "export")
     from .onnx_detector import OnnxDetector
 
-    model = OnnxDetector(args.weights)
+    with naming_option("--weights"):
+        model = OnnxDetector(args.weights)
     model.image_size = chosen_image_size(args, model.image_size)
     return model, model.device
 

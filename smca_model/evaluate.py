@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, make_folder
+from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, make_folder, naming_option
 
 from .coco_results import Detection, confusion_matrix, measure
 from .result_pictures import FILES, format_classes, write_results
@@ -174,7 +174,8 @@ def load_model(args: argparse.Namespace) -> tuple[SMCA, torch.device]:
 
     check_model_arguments(args)
     device = choose_device(args.device)
-    model = weights.load(args.weights)
+    with naming_option("--weights"):
+        model = weights.load(args.weights)
     model.image_size = chosen_image_size(args, model.image_size)
     return model.to(device), device
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from smca_kernels.files import replacing
 from smca_kernels.pictures import MEAN, STD
-from smca_kernels.tools.arguments import check_output_file, check_packages, first_line
+from smca_kernels.tools.arguments import check_output_file, check_packages, first_line, naming_option
 
 from .onnx_detector import FORMAT, INPUT, OUTPUTS, open_session
 
@@ -232,7 +232,8 @@ def run(args: argparse.Namespace) -> int:
     path = args.weights.with_suffix(SUFFIXES[args.format]) if args.out is None else args.out
     from . import weights
 
-    model = weights.load(args.weights)
+    with naming_option("WEIGHTS"):
+        model = weights.load(args.weights)
     if path.exists() and path.samefile(args.weights):
         raise ValueError(f"--out must be another file than WEIGHTS, got {path}")
     export(model, path, args.format)

@@ -178,7 +178,11 @@ def load(
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"path must be a file of weights, got {os.fspath(path)}: {error}") from error
+        if _is_checkpoint_of_run(path):
+            reason = "it is the checkpoint of a run; model.safetensors beside it has the weights"
+        else:
+            reason = str(error)
+        raise ValueError(f"path must be a file of weights, got {os.fspath(path)}: {reason}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"path must be a file of format {FORMAT!r}, got {os.fspath(path)} of {metadata.get('format')!r}"
@@ -353,7 +357,7 @@ def start(model: SMCA, path: str | os.PathLike[str], classes: Sequence[str]) -> 
     else:
         state = _official_state(path)
         if not _is_of_authors(state):
-            if any(each in state for each in ("encoder.blocks.0.norm1.weight", "decoder.norm.weight")):
+            if _has_our_names(state):
                 raise ValueError(
                     f"{name} must be a file of weights, got the checkpoint of a run: go on with it by --resume, or "
                     "start from the model.safetensors beside it"
@@ -396,6 +400,17 @@ def brings_backbone(path: str | os.PathLike[str], backbone: str) -> bool:
 
 def _is_of_authors(state: Mapping[str, Tensor]) -> bool:
     return any(".point2." in name for name in state)
+
+
+def _is_checkpoint_of_run(path: str | os.PathLike[str]) -> bool:
+    try:
+        return _has_our_names(_official_state(path))
+    except ValueError:
+        return False
+
+
+def _has_our_names(state: Mapping[str, Tensor]) -> bool:
+    return any(name in state for name in ("encoder.blocks.0.norm1.weight", "decoder.norm.weight"))
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:
@@ -467,7 +482,8 @@ def _official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> M
                     else torch.load(path, map_location="cpu", weights_only=True)
                 )
         except Exception as error:  # torch.load raises whatever unpickling a wrong file comes upon
-            reason = str(error).split(". ")[0]  # what follows advises to load without weights_only
+            # What follows the first sentence advises to load without weights_only.
+            reason = str(error).split(". ")[0] or type(error).__name__
             raise ValueError(f"checkpoint must be a file that torch.save wrote, got {path}: {reason}") from error
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else {}
     tensors = isinstance(state, Mapping) and all(

@@ -6,7 +6,9 @@ And what of another library's error their messages tell.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +50,15 @@ def make_folder(option: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{option} must be a folder that can be written, got {path} ({error})") from None
+
+
+@contextmanager
+def naming_option(option: str) -> Iterator[None]:
+    """Name a command's option where an error is of `path`, the argument that it is handed on as."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub("^path must ", f"{option} must ", str(error))) from error
 
 
 def check_packages(modules: Iterable[str], extra: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from smca_kernels.tools.arguments import check_packages, choose_device
+from smca_kernels.tools.arguments import check_packages, choose_device, naming_option
 
 PACKAGES = ("gradio", "matplotlib", "safetensors", "skimage", "sklearn", "torchvision")
 HOST, PORT = "127.0.0.1", 7860
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         )
     from .. import weights
 
-    model = weights.load(file).to(choose_device())
+    with naming_option("--weights"):
+        model = weights.load(file)
+    model = model.to(choose_device())
     with tempfile.TemporaryDirectory(prefix="smca.") as temporary, _environment(temporary):
         from .page import TITLE, build_page, launch  # gradio reads the environment
 

@@ -239,6 +239,7 @@ def test_the_attention_of_chosen_queries_is_drawn(weights_file: Path, tmp_path: 
         (["image.png", "--queries", "1"], "--queries must go with --attention"),
         (["image.png", "--threshold", "50"], "--threshold must be a score in 0 … 1, got 50"),
         (["image.png", "--threshold", "nan"], "--threshold must be a score in 0 … 1, got nan"),
+        (["image.png", "--weights", "text.png"], "--weights must be a file of weights, got text.png: "),
         (["image.png", "--size", "0"], "--size must be at least 1, got 0"),
         (["image.png", "--size", "97"], "--size must be at most --max-size, got 97 and 96"),
         (["image.png", "--device", "gpux"], "--device gpux can't be used: "),
@@ -262,7 +263,7 @@ def test_wrong_options_are_told_in_one_line(
         write_image(folder / "image.png")
         write_image(folder / "other" / "image.jpg")
         (folder / "text.png").write_text("no image")
-    assert cli.main(["detect", *options, "--weights", str(weights_file)]) == 2
+    assert cli.main(["detect", "--weights", str(weights_file), *options]) == 2
     assert f"smca detect: error: {message}" in capsys.readouterr().err
 
 

@@ -285,6 +285,7 @@ def test_smca_eval_refuses_weights_of_other_classes(tmp_path: Path, weights_file
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--workers", "-1"), "--workers must be at least 0, got -1"),
         (("--device", "gpux"), "--device gpux can't be used: "),
+        (("--device", "cpu"), "--weights must be a file of weights, got w: "),
         (("--threshold", "50"), r"--threshold must be a score in 0 … 1, got 50"),
     ],
 )

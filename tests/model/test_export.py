@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     [
         (["model.safetensors", "--out", "model.safetensors"], "--out must be another file than WEIGHTS"),
         (["model.safetensors", "--out", "nowhere/model.onnx"], "--out must name a file in an existing folder"),
-        (["missing.safetensors"], "path must be a file of weights"),
+        (["missing.safetensors"], "error: WEIGHTS must be a file of weights, got missing.safetensors"),
     ],
 )
 def test_what_cannot_be_exported_is_told_before_any_work(tmp_path, monkeypatch, capsys, options, message):

@@ -126,6 +126,7 @@ def test_files_of_another_kind_are_refused_by_their_path(exported, tmp_path):
         (["--device", "cuda"], "--device must be cpu with --runtime onnx, got cuda"),
         (["--queries", "1"], "--queries must go with --attention"),
         (["--layer", "0"], "--layer must go with --attention"),
+        (["--weights", "none.onnx"], "--weights must be an ONNX file that onnxruntime can run, got none.onnx"),
         (["--size", "0"], "--size must be at least 1, got 0"),
         (["--size", "97"], "--size must be at most --max-size, got 97 and 96"),
     ],

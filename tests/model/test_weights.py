@@ -226,6 +226,9 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_its_path(tmp_path):
 
     with pytest.raises(ValueError, match=r"checkpoint must be a file that torch\.save wrote, got .*notes\.txt"):
         load_official(tmp_path / "notes.txt")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ValueError, match=r"got .*empty\.pt: \w+"):
+        load_official(tmp_path / "empty.pt")
 
 
 # --- our own files ---
@@ -580,6 +583,10 @@ def test_a_start_from_the_checkpoint_of_a_run_is_refused_with_what_to_do(tmp_pat
         weights.start(tiny_detector(), tmp_path / "checkpoint.pt", CLASSES)
     with pytest.raises(ValueError, match=r"must be a file of weights, got .*missing\.pt"):
         weights.start(tiny_detector(), tmp_path / "missing.pt", CLASSES)
+    with pytest.raises(
+        ValueError, match=r"got .*checkpoint\.pt: it is the checkpoint of a run; model\.safetensors beside"
+    ):
+        weights.load(tmp_path / "checkpoint.pt")
 
 
 def test_a_checkpoint_that_shares_nothing_with_the_model_is_refused():
