@@ -80,7 +80,7 @@ def extent_of_scale(image_sizes, valid_shapes, b, s, a, g0, g1, g2, g3, g4, g5, 
         pixels = tl.load(image_sizes + b * 2 + 1 - a).to(tl.float32)
         return tl.div_rn(pixels, of_scale(s, STRIDES, SCALES))
     elif valid_shapes is not None:
-        valid = tl.load(valid_shapes + (b * SCALES + s) * 2 + 1 - a)
+        valid = tl.load(valid_shapes + (b * SCALES + s) * 2 + 1 - a).to(tl.int32)
         return tl.minimum(tl.maximum(valid, 0), side).to(tl.float32)
     else:
         return side.to(tl.float32)
