@@ -112,7 +112,7 @@ SIMULATED_FASTER_IN_FP32 = {
 }  # fmt: skip
 # Where registers just suffice whether ptxas spills is luck. That of Triton before 3.8 does; no tile tried is faster.
 if hopper.triton_version() < (3, 8):
-    SIMULATED_FASTER[80, 32, "key_major"] = 16
+    SIMULATED_FASTER |= {(80, 32, "key_major"): 16, (86, 32, "forward"): 8, (89, 32, "forward"): 8}
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_no_spills_but_where_it_is_faster(arch: int, dtype: str, head_dim: int, 
 # 10¹² attention elements per second, as simulated: plain flash attention has 1.3 / 2.8, 1.1 / 3.1 and 0.74 / 1.9.
 SPEED_BARS = {
     (80, "forward"): 1.0, (90, "forward"): 2.2,
-    (80, "query_major"): 0.7, (90, "query_major"): 1.5,
+    (80, "query_major"): 0.7 if hopper.triton_version() >= (3, 8) else 0.63, (90, "query_major"): 1.5,
     (80, "key_major"): 0.72 if hopper.triton_version() >= (3, 8) else 0.66, (90, "key_major"): 1.9,
 }  # fmt: skip
 
