@@ -113,6 +113,9 @@ SIMULATED_FASTER_IN_FP32 = {
 # Where registers just suffice whether ptxas spills is luck. That of Triton before 3.8 does; no tile tried is faster.
 if hopper.triton_version() < (3, 8):
     SIMULATED_FASTER |= {(80, 32, "key_major"): 16, (86, 32, "forward"): 8, (89, 32, "forward"): 8}
+# That of 3.8 spills more in fp32, and is simulated to be as fast as 3.9's within a fifteenth.
+if hopper.triton_version() == (3, 8):
+    SIMULATED_FASTER_IN_FP32 |= {(80, 32, "key_major"): 16, (80, 64, "key_major"): 528, (90, 32, "key_major"): 92}
 
 
 @pytest.mark.slow
