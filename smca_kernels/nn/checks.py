@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.inputs import MAX_SCALES
+from smca_kernels.inputs import MAX_SCALES, is_number
 
 
 def check_shape(name: str, tensor: Any, **axes: int | None) -> None:
@@ -77,5 +77,5 @@ def check_padding_mask(mask: Any, batch: int, keys: int, features: Tensor) -> No
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -212,6 +212,14 @@ def test_what_the_machine_does_not_know_is_refused(instruction: str) -> None:
 # --- arithmetic ---
 
 
+@pytest.mark.parametrize(("opcode", "expected"), [("cvt.s64.s32", -3), ("cvt.s64.u32", 2**32 - 3)])
+def test_a_conversion_reads_the_low_half_of_a_register_that_is_wider(opcode: str, expected: int) -> None:
+    body = f"mov.b64 %rd4, 0x7fffffffd; {opcode} %rd5, %rd4; setp.eq.s32 %p1, %r1, 0; @%p1 st.global.b64 [%rd1], %rd5;"
+    kinds, out = run_written(32, body)
+    assert not kinds
+    assert out[:8].view(np.int64).tolist() == [expected]
+
+
 def nearest_float32(exact: Fraction) -> np.float32:
     """The float32 that is nearest, ties to even."""
     guess = np.float32(float(exact))

@@ -1,11 +1,14 @@
-"""A small set of digits and an exported detector, which tests share.
+"""A small set of digits, an exported detector and a signal while one detects, which tests share.
 
 This folder's helpers can be imported from its subfolders.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,3 +44,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.save(model, folder / "model.safetensors", CLASSES)
     assert cli.main(["export", str(folder / "model.safetensors"), "--format", "onnx"]) == 0
     return folder
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def stopped_in_second_batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of a signal that the process gets when a detector is called for the second time."""
+    pytest.importorskip("torchvision")
+    from smca_model import SMCA
+
+    calls = []
+    real = SMCA.forward
+
+    def forward(self: SMCA, images: list[torch.Tensor]) -> Any:
+        calls.append(len(images))
+        if len(calls) == 2:
+            os.kill(os.getpid(), request.param)
+        return real(self, images)
+
+    monkeypatch.setattr(SMCA, "forward", forward)
+    return int(request.param)

@@ -139,20 +139,10 @@ def test_what_is_no_image_keeps_no_other_from_being_written(
     assert "._a.png" not in told.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_was_found_before_a_stop_is_written(
-    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    weights_file: Path, tmp_path: Path, stopped_in_second_batch: int
 ) -> None:
-    calls = []
-    real = SMCA.forward
-
-    def forward(self: SMCA, images: list[torch.Tensor]) -> object:
-        calls.append(len(images))
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return real(self, images)
-
-    monkeypatch.setattr(SMCA, "forward", forward)
+    number = stopped_in_second_batch
     files = [write_image(tmp_path / "images" / f"{name}.png") for name in "abcdef"]
     before = signal.getsignal(number)
     command = ["detect", str(tmp_path / "images"), "--weights", str(weights_file), "--out", str(tmp_path / "found")]

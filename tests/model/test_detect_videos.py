@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
@@ -118,20 +117,10 @@ def test_damaged_parts_are_told(command: list[str], tmp_path: Path, capsys: pyte
     assert len(lines_of(tmp_path / "found" / "film_detections.jsonl")) == 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_video_that_is_stopped_is_written_as_far_as_it_was(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    command: list[str], tmp_path: Path, stopped_in_second_batch: int
 ) -> None:
-    calls = []
-    real = SMCA.forward
-
-    def forward(self: SMCA, images: list[torch.Tensor]) -> Any:
-        calls.append(len(images))
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return real(self, images)
-
-    monkeypatch.setattr(SMCA, "forward", forward)
+    number = stopped_in_second_batch
     files = [write_frames(tmp_path / name, shades(9)) for name in ("first.mp4", "second.mp4")]
     before = signal.getsignal(number)
     assert cli.main([*command, *map(str, files), "--batch-size", "2"]) == 128 + number

@@ -14,19 +14,26 @@ from smca_kernels.inputs import SpatialShapes
 
 Table = TypeVar("Table")
 Maker = Callable[[SpatialShapes, torch.dtype, torch.device], Table]
+Getter = Callable[[SpatialShapes, torch.dtype, Tensor], Table]
 
 MAX_KEPT = 64  # a detector's grids change from batch to batch
 
 
-def kept_on_device(make: Maker[Table]) -> Callable[[SpatialShapes, torch.dtype, Tensor], Table]:
+class NotKeptError(Exception):
+    """There is no such table yet, and none may be kept now."""
+
+
+def kept_on_device(make: Maker[Table]) -> Getter[Table]:
     """Keep the last tables that were made for (shapes, dtype, a tensor's device).
 
     While something looks on that has to see how a table is made, it is made anew. One that a CUDA graph was captured
-    with is kept for good: the graph has its address.
+    with is kept for good, as the graph has its address; one made in a capture is the graph's own.
     """
 
     @lru_cache(MAX_KEPT)
     def kept(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> Table:
+        if is_captured(device):
+            raise NotKeptError
         with torch.inference_mode(False):
             table = make(shapes, dtype, device)
         if device.type == "cuda":
@@ -37,14 +44,17 @@ def kept_on_device(make: Maker[Table]) -> Callable[[SpatialShapes, torch.dtype, 
 
     @wraps(make)
     def get(shapes: SpatialShapes, dtype: torch.dtype, like: Tensor) -> Table:
-        device = like.device
+        key = shapes, dtype, like.device
         if is_traced(like):
-            return make(shapes, dtype, device)
-        table = in_graphs.get((shapes, dtype, device))
+            return make(*key)
+        table = in_graphs.get(key)
         if table is None:
-            table = kept(shapes, dtype, device)
-            if is_captured(device):
-                in_graphs[shapes, dtype, device] = table
+            try:
+                table = kept(*key)
+            except NotKeptError:
+                return make(*key)
+            if is_captured(like.device):
+                in_graphs[key] = table
         return table
 
     return get

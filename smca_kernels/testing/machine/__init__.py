@@ -37,8 +37,8 @@ to 19 bits. NaN of min and max, .ftz and saturation are as in the PTX manual. A 
 
 What is outside. ptxas: what it makes of this PTX, its bugs and its serialised wgmma. Timing, all of it. Warps that run
 apart between barriers (the shadow state reports what they could do to each other). A global read that a later write of
-another CTA overtakes. Kernels with TMA, mbarriers, clusters, tcgen05, local memory, device functions or printf raise
-NotImplementedError or PtxError.
+another CTA overtakes. Kernels with TMA, mbarriers, clusters, tcgen05, local memory, device functions or printf, and
+other forms of what is executed, raise NotImplementedError or PtxError.
 
 tests/machine holds the machine against kernels whose results are known, plants faults of every kind in them and takes
 their barriers away; tests/machine/hunt.py runs the project's kernels widely.

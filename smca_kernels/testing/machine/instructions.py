@@ -274,7 +274,12 @@ def _cvt(e: Emitter) -> None:
     if e.opcode in CONVERSIONS:
         call(e, *CONVERSIONS[e.opcode])
     elif of in INTEGERS and (to, modifiers) in (*((to, []) for to in INTEGERS), ("f32", ["rn"])):
-        e.add(f"copyto({e.destination(e.operands[0], to)}, {e.source(e.operands[1], of)}, 'unsafe')")
+        source = e.operands[1]
+        if isinstance(source, Register) and source.cls == "d" and of in ("s32", "u32"):  # of its low half
+            row = f"{e.source(source, 'u64')}.astype({DTYPES[of]})"
+        else:
+            row = e.source(source, of)
+        e.add(f"copyto({e.destination(e.operands[0], to)}, {row}, 'unsafe')")
     elif of == "f32" and modifiers[0] in arithmetic.ROUNDINGS and modifiers[1:] in ([], ["ftz"]):
         rounding, flush = modifiers[0], len(modifiers) == 2
         if to == "f32":

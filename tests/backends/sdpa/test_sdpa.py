@@ -11,15 +11,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from smca_kernels import smca_attention
 from smca_kernels.backends import reference
-from smca_kernels.backends.sdpa import backward, forward, operator, tables
-from smca_kernels.backends.sdpa import columns as sdpa_columns
-from smca_kernels.inputs import AttentionInputs, SpatialShapes
+from smca_kernels.backends.sdpa import backward, forward, operator
+from smca_kernels.inputs import AttentionInputs
 from smca_kernels.profiling.measure import saved_bytes
 from smca_kernels.testing.cases import CASES, PRIORS, Case, CaseInputs, make_inputs
 from smca_kernels.testing.check import TENSORS, attend, check, run_backend, run_reference
@@ -230,64 +228,7 @@ def test_an_image_alone_in_a_batch_and_padded_gives_the_same(generator: torch.Ge
     torch.testing.assert_close(out, alone, rtol=1e-5, atol=1e-5)
 
 
-# --- columns alone ---
-
-
-def column_logits(center: Tensor, precision: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Products of the columns [N, height · width], summed one column after the other in float32 as matrix units do."""
-    table = sdpa_columns.key_features((shape,), dtype, center)
-    prior = (center.view(1, 1, -1, 1, 2), precision.view(1, 1, -1, 1, 2))
-    queries = sdpa_columns.query_coefficients(*prior, table, table.lowest, table.highest, dtype).flatten(0, 3)
-    assert queries.isfinite().all()
-    total = torch.zeros(len(queries), len(table.columns), device=center.device)
-    for column in range(queries.shape[1]):
-        total += queries[:, column, None].float() * table.columns[:, column].float()
-    return total
-
-
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float32, 4e-6), (torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]
-)
-@pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (13, 21), (50, 84), (100, 134)])
-def test_columns_give_the_prior_to_the_precision_of_the_dtype(
-    shape: tuple[int, int],
-    prior: str,
-    dtype: torch.dtype,
-    limit: float,
-    generator: torch.Generator,
-    device: torch.device,
-) -> None:
-    size = torch.tensor([shape[1], shape[0]], dtype=torch.float32)
-    center, precision = (t.to(device) for t in PRIORS[prior]((200, 2), size, generator))
-    actual = column_logits(center, precision, shape, dtype).double().softmax(-1)
-    exact = reference.log_prior(center.double(), precision.double(), *shape).softmax(-1)
-    assert (actual - exact).abs().sum(-1).max() < limit
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_columns_stay_finite_and_find_the_nearest_cell_in_extremes(dtype: torch.dtype, device: torch.device) -> None:
-    places = torch.tensor([-1e5, -300.25, -0.25, 20.25, 66.75, 133.25, 1e5], device=device)
-    center = torch.cartesian_prod(places, places)
-    for p in (1e-8, 1.0, 3e4, 1e6):
-        logits = column_logits(center, torch.full_like(center, p), (100, 134), dtype)
-        assert logits.isfinite().all()
-        if p >= 1.0:
-            nearest = [center[:, a].round().clamp(0, n - 1) for a, n in ((1, 100), (0, 134))]
-            assert torch.equal(logits.argmax(-1), (nearest[0] * 134 + nearest[1]).long())
-
-
-def test_half_precision_features_are_exact_to_the_largest_grid(device: torch.device) -> None:
-    like = torch.empty(0, device=device)
-    for dtype in HALVES:
-        wide = sdpa_columns.key_features(((511, 3), (2, 511)), torch.float32, like).columns.double()
-        half = sdpa_columns.key_features(((511, 3), (2, 511)), dtype, like).columns.double()
-        units = sdpa_columns.key_features(((511, 3), (2, 511)), dtype, like).units.double()
-        term = half[:, 1:8] * units
-        for axis in range(2):
-            assert torch.equal(term[:, axis] + term[:, 2 + axis], wide[:, 1 + axis])
-            assert torch.equal(term[:, 4 + axis], wide[:, 3 + axis])
-        assert torch.equal(term[:, 6], wide[:, 5])
+# --- dtypes of columns and probabilities ---
 
 
 def test_grids_too_large_for_half_precision_coordinates_use_float32() -> None:
@@ -488,49 +429,6 @@ def test_checkpointing_gives_the_same_gradients(inputs: CaseInputs, use_reentran
         gradients.append([leaf.grad for leaf in leaves])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
-
-
-@pytest.mark.usefixtures("always_widened")
-def test_tables_made_in_inference_mode_serve_training(generator: torch.Generator, device: torch.device) -> None:
-    inputs = make_inputs(Case("grids that no other test has", ((23, 19), (2, 31))), generator, device)
-    with torch.inference_mode():
-        run(inputs)
-        attend(inputs, "sdpa", dropout_p=0.1)
-    results(inputs)
-    torch.autograd.grad(attend(inputs, "sdpa", dropout_p=0.1).sum(), inputs.center)
-
-
-@pytest.mark.parametrize("is_dense", [False, True])
-def test_a_call_in_one_fake_mode_leaves_nothing_to_other_calls(
-    is_dense: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operator, "fused_rounds_to_tf32", lambda *_: is_dense)
-    inputs = make_inputs(Case("more such grids", ((29, 3), (2, 37))), generator)
-    for _ in range(2):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            attend(inputs, "sdpa", dropout_p=0.1)
-    output = attend(inputs, "sdpa", dropout_p=0.1)
-    assert type(output) is Tensor
-    assert output.isfinite().all()
-
-
-@pytest.mark.parametrize("is_captured", [False, True])
-def test_a_table_that_a_graph_was_captured_with_is_kept(is_captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[SpatialShapes] = []
-
-    @tables.kept_on_device
-    def table(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> Tensor:
-        made.append(shapes)
-        return torch.zeros(1, dtype=dtype, device=device)
-
-    like = torch.empty(0)
-    with monkeypatch.context() as patch:
-        patch.setattr(tables, "is_captured", lambda device: is_captured)
-        first = table(((1, 1),), torch.float32, like)
-    for side in range(2, tables.MAX_KEPT + 2):
-        table(((side, side),), torch.float32, like)
-    assert (table(((1, 1),), torch.float32, like) is first) == is_captured
-    assert len(made) == tables.MAX_KEPT + 1 + (not is_captured)
 
 
 # --- dropout ---
