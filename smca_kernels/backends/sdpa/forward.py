@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
+from smca_kernels.backends.folding import is_traced
 from smca_kernels.backends.reference import cell_coordinates, ignored_keys, zeroed
 from smca_kernels.backends.sdpa.columns import (
     HALF_DTYPES,
@@ -31,6 +32,9 @@ from smca_kernels.inputs import AttentionInputs, SpatialShapes
 MAX_DENSE_SCORES = 2**14  # up to here a bias of queries × keys costs less than widened keys
 DEVICE_BLOCK = 2**24  # scores of a block on anything but a CPU
 CPU_BLOCK = 2**19  # scores of a block, per thread
+# A CPU's kernel multiplies so many keys at once. What is left over at the end has to be at least so many: products with
+# fewer are summed in an order in which the columns' terms have not cancelled when finer ones are added.
+KEYS_AT_ONCE, MIN_LEFT_OVER = 512, 16
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
@@ -214,13 +218,17 @@ def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]
     # Products with fewer rows than 8 are summed in an order in which the terms are not exact.
     q = pad(q, (0, 0, 0, 0, 0, -queries % 8))
     # Fused kernels want keys and values of equal width: the values' surplus columns are whatever stands before them.
+    width, value_width = q.shape[-1], v.shape[-1]
     features_keys_values = torch.cat([features, k, v], -1)
-    k = features_keys_values.narrow(3, 0, q.shape[-1])
-    surplus = q.shape[-1] - v.shape[-1]
-    v = features_keys_values.narrow(3, k.shape[-1] - surplus, q.shape[-1])
+    ignored_row = pad(features.new_full((1, 1, 1, 1), IGNORED_FEATURE[dtype]), (0, width + value_width - 1))
+    surplus = width - value_width
     outputs, start = [], 0
     for s, keys in enumerate(inputs.keys_per_scale()):
-        k_s, v_s = k.narrow(2, start, keys), v.narrow(2, start, keys)
+        rows = features_keys_values.narrow(2, start, keys)
+        # While tracing for all, as the sizes must not become conditions.
+        if query.is_cpu and (is_traced(query) or 0 < keys % KEYS_AT_ONCE < MIN_LEFT_OVER):
+            rows = torch.cat([rows, ignored_row.expand(batch, heads, -keys % MIN_LEFT_OVER, -1)], 2)
+        k_s, v_s = rows.narrow(3, 0, width), rows.narrow(3, value_width, width)
         output = scaled_dot_product_attention(q.select(3, s), k_s, v_s, dropout_p=inputs.dropout_p, scale=1.0)
         output = output[:, :, :queries, surplus:][..., :value_dim]
         outputs.append(_zero_where(masks[s].all(1), output) if masks else output)

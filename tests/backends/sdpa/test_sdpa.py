@@ -125,6 +125,20 @@ def test_a_large_grid_is_within_its_budgets(prior: str, generator: torch.Generat
 
 
 @pytest.mark.usefixtures("always_widened")
+@pytest.mark.parametrize("shape", [(2, 3), (1, 11), (19, 27), (11, 47)])
+def test_a_grid_that_leaves_few_keys_for_the_last_product_is_within_its_budgets(
+    shape: tuple[int, int], generator: torch.Generator, device: torch.device
+) -> None:
+    case = Case("few keys left over", (shape,), heads=2, queries=70)
+    inputs = make_inputs(case, generator, device)
+    # Narrow across one axis and wide along the other: many keys count, and large terms cancel in their logits.
+    is_narrow = torch.rand(inputs.precision.shape, generator=generator) < 0.5
+    precision = torch.where(is_narrow, 100.0, 0.1).to(device).requires_grad_()
+    over = [str(c) for c in check(dataclasses.replace(inputs, precision=precision), "sdpa") if not c.ratio <= 1.0]
+    assert not over, "\n".join(over)
+
+
+@pytest.mark.usefixtures("always_widened")
 @pytest.mark.parametrize("mask", ["none", "valid_shapes", "random"])
 def test_float64_is_computed_in_float64(mask: str, generator: torch.Generator, device: torch.device) -> None:
     case = Case("float64", SHAPES, dtype="float64", prior_dtype="float64", mask=mask)
