@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smca_kernels import backends
-from smca_kernels.autocast import autocast_on
+from smca_kernels.autocast import autocast_off, autocast_on
 from smca_kernels.backends import BACKENDS, reference
 from smca_kernels.inputs import INTEGER_DTYPES, AttentionInputs, ValidShapes, shape_of
 
@@ -179,6 +179,9 @@ def attention_map(
 
     Source: Eq. 6.
     """
+    dtype = _autocast_dtype(query)
+    if dtype is not None:
+        query, key = _cast(dtype, query, key)
     inputs = AttentionInputs.checked(
         query, key, key, center, precision, spatial_shapes,
         valid_shapes=valid_shapes, key_padding_mask=key_padding_mask, scale=scale,
@@ -190,12 +193,13 @@ def attention_map(
     query, key, center, precision = query.to(dtype), key.to(dtype), center.to(dtype), precision.to(dtype)
     keys = key.split(inputs.keys_per_scale(), dim=2)
     ignored = reference.ignored_keys(inputs.spatial_shapes, inputs.valid_shapes, inputs.key_padding_mask)
-    return [
-        reference.scale_probabilities(
-            query, keys[s], center[..., s, :], precision[..., s, :], height, width, ignored[s], inputs.scale
-        ).unflatten(-1, (height, width))
-        for s, (height, width) in enumerate(inputs.spatial_shapes)
-    ]
+    with autocast_off(query.device.type):
+        return [
+            reference.scale_probabilities(
+                query, keys[s], center[..., s, :], precision[..., s, :], height, width, ignored[s], inputs.scale
+            ).unflatten(-1, (height, width))
+            for s, (height, width) in enumerate(inputs.spatial_shapes)
+        ]
 
 
 def _autocast_dtype(query: Tensor) -> torch.dtype | None:
@@ -237,7 +241,7 @@ def _query_indices(queries: Tensor | Sequence[int], count: int, device: torch.de
         indices = queries
     else:
         try:
-            indices = torch.tensor(queries)
+            indices = torch.tensor(queries, device="cpu")  # whatever the default device
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"queries must be integer indices, got {queries!r}") from error
         if not indices.numel():

@@ -249,7 +249,7 @@ def check_valid_shapes(
 ) -> Tensor:
     """Check the valid part of each grid and return it as an int64 tensor [B, S, 2] on the device.
 
-    The range is checked where that costs no synchronisation, and the values are not those of a transform.
+    The range is checked where that costs no synchronisation, and there are values, no fakes or those of a transform.
 
     Raises:
         TypeError, ValueError: for another type, dtype, device or shape, and for values outside of the grids.
@@ -267,15 +267,15 @@ def check_valid_shapes(
         tensor = valid_shapes
     else:
         try:
-            tensor = torch.tensor(valid_shapes)
+            tensor = torch.tensor(valid_shapes, device="cpu")  # whatever the default device
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"valid_shapes must be a nested list {wanted()} of ints, got {valid_shapes!r}") from error
         if tensor.dtype != torch.int64:
             raise TypeError(f"valid_shapes must be a nested list {wanted()} of ints, got {valid_shapes!r}")
     if tensor.shape != (batch, len(shapes), 2):
         raise ValueError(f"valid_shapes must be {wanted()}, got {shape_of(tensor)}")
-    looked_at = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if tensor.device.type == "cpu" and looked_at:
+    has_values = type(tensor) is Tensor and not torch._C._are_functorch_transforms_active()  # a fake one has none
+    if tensor.device.type == "cpu" and has_values and not torch.compiler.is_compiling():
         for b, image in enumerate(tensor.tolist()):
             for s, (size, grid) in enumerate(zip(image, shapes, strict=True)):
                 if not (0 <= size[0] <= grid[0] and 0 <= size[1] <= grid[1]):

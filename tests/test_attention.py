@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from smca_kernels import SpatialPrior, attention_map, backends, explain_backend, smca_attention
 from smca_kernels import attention as attention_module
@@ -282,6 +283,26 @@ def test_valid_shapes_come_as_a_nested_list_or_any_integer_tensor(
     torch.testing.assert_close(smca_attention(**arguments, valid_shapes=given), expected)
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_valid_shapes_without_values_are_not_looked_at(arguments: dict[str, Any], as_list: bool) -> None:
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(t) if isinstance(t, Tensor) else t for name, t in arguments.items()}
+        valid_shapes = FULL if as_list else torch.tensor(FULL, device=arguments["query"].device)
+        assert smca_attention(**fakes, valid_shapes=valid_shapes).shape == (BATCH, HEADS, QUERIES, HEAD_DIM)
+
+
+def test_lists_are_no_tensors_of_the_default_device(generator: torch.Generator) -> None:
+    arguments = make_arguments(generator, torch.device("cpu"))
+    del arguments["scale_weights"]
+    of_map = {name: value for name, value in arguments.items() if name != "value"}
+    expected = smca_attention(**arguments, valid_shapes=FULL), attention_map(**of_map, queries=[2])[0]
+    with torch.device("meta"):
+        found = smca_attention(**arguments, valid_shapes=FULL), attention_map(**of_map, queries=[2])[0]
+        with pytest.raises(ValueError, match=r"valid_shapes\[0, 0\] must be from \(0, 0\) to \(3, 4\), got \(9, 9\)"):
+            smca_attention(**arguments, valid_shapes=[[(9, 9)] * SCALES] * BATCH)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_key_padding_mask_ignores_where_it_is_true(arguments: dict[str, Any], generator: torch.Generator) -> None:
     mask = (torch.rand(BATCH, KEYS, generator=generator) < 0.4).to(arguments["query"].device)
     expected = of_reference(arguments, key_padding_mask=mask)
@@ -352,6 +373,16 @@ def test_autocast_leaves_float64_alone(generator: torch.Generator) -> None:
     arguments = make_arguments(generator, torch.device("cpu"), torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert smca_attention(**arguments).dtype == torch.float64
+
+
+def test_maps_under_autocast_are_those_of_the_cast_query_and_key(arguments: dict[str, Any]) -> None:
+    prior = [arguments[name] for name in ("center", "precision", "spatial_shapes")]
+    cast = [arguments[name].bfloat16() for name in ("query", "key")]
+    expected = attention_map(*cast, *prior)
+    with torch.autocast(arguments["query"].device.type, torch.bfloat16):
+        for query in (arguments["query"], cast[0]):
+            found = attention_map(query, arguments["key"], *prior)
+            assert all(map(torch.equal, found, expected))
 
 
 # --- which backend ---

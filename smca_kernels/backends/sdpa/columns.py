@@ -52,8 +52,7 @@ def key_features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device
     wide = exact_dtype(device)
     sizes = torch.tensor([(width, height) for height, width in shapes], dtype=wide, device=device)
     middle = sizes // 2
-    units = torch.tensor([1.0] * 4 + [2.0**-6] * 2 + [2.0**-15] if dtype in HALF_DTYPES else [1.0] * 5)
-    units = units.to(sizes)
+    units = sizes.new_tensor([1.0] * 4 + [2.0**-6] * 2 + [2.0**-15] if dtype in HALF_DTYPES else [1.0] * 5)
     columns, largest = [], []
     for s, (height, width) in enumerate(shapes):
         cells = torch.stack(cell_coordinates(height, width, like=sizes), -1) - middle[s]

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
         widths, heights = (self.windows[..., 2:] - self.windows[..., :2]).double().unbind(-1)
         queries = self.order.shape[2]
         sizes = [min(self.block, queries - start) for start in range(0, queries, self.block)]
-        return torch.einsum("bhns,n->bhs", widths * heights, torch.tensor(sizes).to(widths))
+        return torch.einsum("bhns,n->bhs", widths * heights, widths.new_tensor(sizes))
 
     def seen(self, spatial_shapes: SpatialShapes) -> list[Tensor]:
         """Mark the keys of each scale that are computed for each query: bool [B, H, N, height · width]."""

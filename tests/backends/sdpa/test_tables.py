@@ -42,6 +42,18 @@ def test_a_call_in_one_fake_mode_leaves_nothing_to_other_calls(
     assert output.isfinite().all()
 
 
+def test_tables_are_made_on_the_device_of_the_call_whatever_the_default(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "MAX_DENSE_SCORES", 0)
+    inputs = make_inputs(Case("yet more such grids", ((31, 3), (2, 41))), generator)
+    with torch.device("meta"):
+        found = run_backend(inputs, "sdpa")
+    for name, expected in run_backend(inputs, "sdpa").items():
+        assert torch.equal(found[name], expected)
+
+
 def grid(side: int) -> SpatialShapes:
     return ((side, side),)
 
