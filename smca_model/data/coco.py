@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import signal
 import traceback
 import warnings
@@ -20,7 +22,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..config import MAX_SIZE, NO_CLASS, SIZES
 from .annotations import make_coco, some_of
-from .images import load_annotated_image, normalize, resize, resized_size
+from .images import load_annotated_image, normalize, resize_to, resized_size
 from .layouts import Annotations, missing_files, read_split
 from .yolo import YoloSplit
 
@@ -223,31 +225,46 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if self.flip and draw(0, 1):
             image, boxes = transforms.horizontal_flip(image), transforms.horizontal_flip(boxes)
         if self.crop and draw(0, 1):
-            largest = max(self.sizes)
-            short = max(1, round(CROP_FROM[draw(0, len(CROP_FROM) - 1)] * largest))
-            image, boxes = self._resize_to_crop(image, boxes, short)
-            low, high = (max(1, round(part * largest)) for part in CROP_SIDE)
-            height, width = (draw(min(low, side), min(high, side)) for side in image.shape[1:])
+            size = self._size_to_crop(image.shape[1:], CROP_FROM[draw(0, len(CROP_FROM) - 1)])
+            image, boxes = resize_to(image, size), transforms.resize(boxes, list(size))
+            height, width = (draw(*sides) for sides in self._crop_sides(size))
             top, left = draw(0, image.shape[1] - height), draw(0, image.shape[2] - width)
             image, boxes = (transforms.crop(each, top, left, height, width) for each in (image, boxes))
         return self._resize(image, boxes, self.sizes[draw(0, len(self.sizes) - 1)])
 
     def _resize(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
-        size = list(resized_size(image.shape[1:], short, self.max_size))
-        return resize(image, short, self.max_size), transforms.resize(boxes, size)
+        size = resized_size(image.shape[1:], short, self.max_size)
+        return resize_to(image, size), transforms.resize(boxes, list(size))
 
-    def _resize_to_crop(self, image: Tensor, boxes: Tensor, short: int) -> tuple[Tensor, Tensor]:
-        """Resize without a limit, so that crops of panoramas are as high as others, but enlarge only up to max_size.
+    def _size_to_crop(self, size: Sequence[int], part: float) -> tuple[int, int]:
+        """The size to crop from, without a limit, so that crops of panoramas are as high as others; enlarged only up to
+        max_size.
 
         DETR has no limit at all here: an image of 3 × 2600 pixels would become one of 600 × 520 000.
         """
-        least, most = sorted(image.shape[1:])
+        short = max(1, round(part * max(self.sizes)))
+        least, most = sorted(size)
         enlarged = short > least and int(short * most / least) > self.max_size
         if enlarged and most >= self.max_size:
-            return image, boxes
-        limit = self.max_size if enlarged else max(most, self.max_size)
-        size = list(resized_size(image.shape[1:], short, limit))
-        return resize(image, short, limit), transforms.resize(boxes, size)
+            return size[0], size[1]
+        return resized_size(size, short, self.max_size if enlarged else max(most, self.max_size))
+
+    def _crop_sides(self, size: Sequence[int]) -> list[tuple[int, int]]:
+        """The least and the most of the height and of the width of a crop."""
+        low, high = (max(1, round(part * max(self.sizes))) for part in CROP_SIDE)
+        return [(min(low, side), min(high, side)) for side in size]
+
+    def largest_size(self, batch_size: int) -> tuple[int, int]:
+        """The height and width that no batch exceeds; of two images or more, one may be high and another wide."""
+        short, sizes = max(self.sizes), set(self.orig_sizes)
+        if self.train and self.crop:
+            cropped = itertools.product(self.orig_sizes, CROP_FROM)
+            for rows, columns in {tuple(self._crop_sides(self._size_to_crop(*each))) for each in cropped}:
+                sizes |= {(rows[0], columns[1]), (rows[1], columns[0])}
+        height, width = map(max, zip(*(resized_size(size, short, self.max_size) for size in sizes), strict=True))
+        if batch_size == 1:
+            return max((height, min(short, width)), (min(short, height), width), key=math.prod)
+        return height, width
 
     @functools.cached_property
     def coco(self) -> COCO:

@@ -218,7 +218,11 @@ def resized_size(size: Sequence[int], short: int, max_size: int) -> tuple[int, i
 
 def resize(image: Tensor, short: int, max_size: int = MAX_SIZE) -> Tensor:
     """An image [3, H, W] with the shorter side of that many pixels, or fewer where the longer would exceed max_size."""
-    size = resized_size(image.shape[1:], short, max_size)
+    return resize_to(image, resized_size(image.shape[1:], short, max_size))
+
+
+def resize_to(image: Tensor, size: Sequence[int]) -> Tensor:
+    """An image [3, H, W] with that height and width."""
     return transforms.resize(image, list(size), antialias=True)
 
 

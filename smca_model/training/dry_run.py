@@ -17,7 +17,6 @@ from .engine import Trainer, epoch_batches
 from .setup import arithmetic, build_model, count_steps, open_data
 
 if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
-    from ..data.coco import CocoDetection
     from .settings import Settings
 
 MEASURED_STEPS, WARM_UP_STEPS = 10, 3
@@ -61,7 +60,7 @@ def dry_run(settings: Settings) -> dict[str, float]:
             "peak_bytes": _peak_bytes(device),
             "largest_peak_bytes": math.inf,
         }
-        height, width = largest_size(train_set)
+        height, width = train_set.largest_size(settings.batch_size)
         boxes = torch.full((100, 4), 0.5, device=device)
         target = {"boxes": boxes, "labels": torch.zeros(100, dtype=torch.int64), "image_id": "largest"}
         target |= {"dropped_boxes": 0}
@@ -75,17 +74,6 @@ def dry_run(settings: Settings) -> dict[str, float]:
         else:
             found["largest_peak_bytes"] = _peak_bytes(device)
         return found
-
-
-def largest_size(dataset: CocoDetection) -> tuple[int, int]:
-    """(height, width) of the largest batch after resizing, which may hold the highest and the widest image."""
-    short = max(dataset.sizes)
-    scales = [min(short / min(size), dataset.max_size / max(size)) for size in dataset.orig_sizes]
-    height, width = (
-        max(1, *(round(size[axis] * scale) for size, scale in zip(dataset.orig_sizes, scales, strict=True)))
-        for axis in (0, 1)
-    )
-    return height, width
 
 
 def format_dry_run(found: dict[str, float]) -> str:

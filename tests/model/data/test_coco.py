@@ -311,6 +311,33 @@ def test_a_panorama_is_cropped_at_full_height(tmp_path: Path) -> None:
     assert all(min(shape) >= 38 / 60 * max(shape) - 1 for shape in shapes - {(12, 120)})
 
 
+@pytest.mark.parametrize(
+    ("shapes", "crop", "of_many", "of_one"),
+    [
+        ([(48, 64)], False, (80, 106), (80, 106)),
+        ([(64, 48), (48, 64)], False, (106, 106), (106, 80)),
+        ([(10, 100)], False, (13, 133), (13, 133)),
+        # Crops have sides of 38 to 60 pixels, so wide images have high ones.
+        ([(48, 64)], True, (126, 126), (126, 80)),
+        ([(64, 48), (48, 64)], True, (126, 126), (126, 80)),
+        ([(10, 100)], True, (45, 133), (45, 133)),
+    ],
+)
+def test_no_batch_is_larger_than_the_largest(
+    tmp_path: Path, shapes: list[tuple[int, int]], crop: bool, of_many: tuple[int, int], of_one: tuple[int, int]
+) -> None:
+    sizes = dict(enumerate(shapes, 1))
+    paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, 9, 9])], sizes=sizes, split="train")
+    dataset = CocoDetection(*paths, train=True, sizes=(48, 80), max_size=133, crop=crop)
+    assert (dataset.largest_size(2), dataset.largest_size(1)) == (of_many, of_one)
+    for epoch in range(50):
+        dataset.set_epoch(epoch)
+        for height, width in (dataset[i][1]["size"] for i in range(len(shapes))):
+            assert height <= of_many[0]
+            assert width <= of_many[1]
+            assert height * width <= of_one[0] * of_one[1]
+
+
 @pytest.mark.parametrize("size", [(3, 2600), (2600, 3), (1, 5000), (2, 1000), (60, 900)])
 def test_long_thin_images_are_enlarged_no_further_than_their_final_long_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
@@ -319,8 +346,8 @@ def test_long_thin_images_are_enlarged_no_further_than_their_final_long_side(
     paths = write_coco(tmp_path, [annotation(1, 1, 3, [0, 0, width, height])], sizes={1: size}, split="train")
     dataset = CocoDetection(*paths, train=True)
     made: list[torch.Size] = []
-    real = coco.resize
-    monkeypatch.setattr(coco, "resize", lambda *call: made.append((result := real(*call)).shape[1:]) or result)
+    real = coco.resize_to
+    monkeypatch.setattr(coco, "resize_to", lambda *call: made.append((result := real(*call)).shape[1:]) or result)
     for epoch in range(12):
         dataset.set_epoch(epoch)
         image, target = dataset[0]

@@ -92,12 +92,3 @@ def test_a_step_that_is_not_finite_ends_with_status_1(data: Path, capsys: pytest
 def test_weights_that_are_not_there_are_refused(option: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command(data, option, "nothere")) == 2
     assert f"{option} must be a file, got nothere" in capsys.readouterr().err
-
-
-def test_the_largest_batch_holds_the_highest_and_the_widest_image() -> None:
-    class Images:
-        sizes, max_size, orig_sizes = (400, 800), 1333, [(480, 640), (1000, 500), (100, 1000)]
-
-    assert dry_run.largest_size(Images()) == (1333, 1333)  # type: ignore[arg-type]
-    Images.orig_sizes = [(480, 640)]
-    assert dry_run.largest_size(Images()) == (800, 1067)  # type: ignore[arg-type]
