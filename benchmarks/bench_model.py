@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, first_line
+from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BATCH_SIZE = 2  # on one GPU, as the paper trains
 BOXES = 7  # in an image: COCO's mean
 MAX_IMAGES = 256  # in a batch
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine")  # in messages of torch, cuBLAS, cuDNN
 SEED = 0
 
 
@@ -180,8 +179,8 @@ class DetectorCase:
         fitted = True
         try:
             self.step(co_attention, self.make_batch(size))
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not any(text in str(error) for text in OUT_OF_MEMORY):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             fitted = False
         # Outside of the handler, whose traceback holds the step's tensors.

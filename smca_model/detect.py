@@ -21,7 +21,15 @@ from smca_kernels.files import replacing, write_text
 from smca_kernels.tools.arguments import check_packages, make_folder, naming_option
 
 from .config import IMAGE_SUFFIXES
-from .evaluate import add_model_arguments, check_model_arguments, check_threshold, chosen_image_size, load_model
+from .evaluate import (
+    LESS_MEMORY,
+    add_model_arguments,
+    check_model_arguments,
+    check_threshold,
+    chosen_image_size,
+    load_model,
+)
+from .execution import autocast, float32_products, naming_batch
 from .pictures import best_queries, draw_attention, draw_boxes, write_picture
 from .training.signals import StopSignals
 
@@ -68,7 +76,7 @@ def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: f
         groups[tuple(image.shape)].append(i)
     found: dict[int, dict[str, Tensor]] = {}
     for members in groups.values():
-        with torch.no_grad():
+        with torch.no_grad(), naming_batch([inputs[i] for i in members], "", LESS_MEMORY):
             outputs = model([inputs[i] for i in members])
         results = postprocess(outputs, [(images[i].shape[1], images[i].shape[2]) for i in members])
         for i, each in zip(members, results, strict=True):
@@ -261,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
         shown = model if args.attention else None
     make_folder("--out", args.out)
     work = _Work(args, model, shown)
-    with work.stop:
+    with work.stop, float32_products(args.precision), autocast(args.precision, device):
         work.do_images(images)
         work.do_videos(videos)
     left_out = [told for file in (*images, *videos, Path("webcam")) for told in work.left_out.get(file, ())]
@@ -410,6 +418,8 @@ def _load_onnx(args: argparse.Namespace) -> tuple[OnnxDetector, torch.device]:
         raise ValueError("--attention must go with --runtime torch: an exported detector gives boxes and scores alone")
     if args.device not in (None, "cpu"):
         raise ValueError(f"--device must be cpu with --runtime onnx, got {args.device}")
+    if args.precision != "fp32":
+        raise ValueError(f"--precision must be fp32 with --runtime onnx, got {args.precision}")
     check_packages(("onnxruntime",), "export")
     from .onnx_detector import OnnxDetector
 

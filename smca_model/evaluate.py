@@ -12,6 +12,7 @@ from smca_kernels.files import write_text
 from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, make_folder, naming_option
 
 from .coco_results import Detection, confusion_matrix, measure
+from .execution import PRECISION_HELP, PRECISIONS, autocast, float32_products, naming_batch
 from .result_pictures import FILES, format_classes, write_results
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_CLASSES_SHOWN = 20  # on the screen; --out writes them all
 CONFUSION_IOU = 0.5
+LESS_MEMORY = "fewer images at once, smaller ones and bf16 take less"
 
 
 def evaluate(
@@ -91,7 +93,8 @@ def detect_all(
         with torch.no_grad(), tqdm(total=len(dataset), desc="evaluation", unit="image", disable=not progress) as bar:
             for images, targets in load_batches(dataset, device, workers, batch_size=batch_size):
                 began = time.perf_counter()
-                outputs = model([image.to(device, non_blocking=True) for image in images])
+                with naming_batch(images, "", LESS_MEMORY):
+                    outputs = model([image.to(device, non_blocking=True) for image in images])
                 classes = outputs["pred_logits"].shape[-1]
                 if classes != len(dataset.classes):
                     raise ValueError(
@@ -161,6 +164,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, metavar="PX", help="short side of the images; default: that of the training's evaluations")
     add("--max-size", type=int, metavar="PX", help="most of the longest side; default: likewise")
     add("--batch-size", type=int, default=4, metavar="N", help="images at once; default: %(default)s")
+    add("--precision", choices=PRECISIONS, default="fp32", help=f"{PRECISION_HELP}; default: %(default)s")
     add("--device", metavar="NAME", help="such as cuda or cpu; default: a GPU if there is one")
 
 
@@ -238,7 +242,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.out is not None:
         make_folder("--out", args.out)
-    detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
+    with float32_products(args.precision), autocast(args.precision, device):
+        detections, speed = detect_all(model, dataset, batch_size=args.batch_size, device=device, workers=args.workers)
     results = measure(dataset.coco, detections)
     print(results.table)
     if len(results.classes) <= MAX_CLASSES_SHOWN:
@@ -255,6 +260,7 @@ def run(args: argparse.Namespace) -> int:
         write_text(args.detections, json.dumps(detections))
     if args.json is not None:
         facts = {"weights": str(args.weights), "data": str(args.data), "images": len(dataset), "device": str(device)}
-        facts |= {"size": size, "max_size": max_size, "batch_size": args.batch_size, "ap_by": results.library}
+        facts |= {"size": size, "max_size": max_size, "batch_size": args.batch_size, "precision": args.precision}
+        facts |= {"ap_by": results.library}
         write_text(args.json, json.dumps({**facts, **results.numbers, "images_per_second": speed}, indent=2) + "\n")
     return 0

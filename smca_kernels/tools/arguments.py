@@ -1,6 +1,6 @@
 """Checks that commands share, made before any work: files to write, packages to import, the device to run on.
 
-And what of another library's error their messages tell.
+And what of another library's error their messages tell, and what errors of memory are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
+
+# In messages of torch, of its allocator on the CPU, of cuBLAS, and of cuDNN.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
 
 
 def check_output_file(option: str, path: Path | None) -> None:
@@ -97,3 +100,8 @@ def choose_device(name: str | None = None) -> torch.device:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not blank, or, where there is none, the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory is lacking; torch.OutOfMemoryError is not all of them."""
+    return any(text in str(error) for text in OUT_OF_MEMORY)

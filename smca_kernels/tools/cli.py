@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from smca_kernels import __version__
+from smca_kernels.tools.arguments import first_line, is_out_of_memory
 
 # name: (module, what it does)
 COMMANDS = {
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `smca` with the given arguments (default: those of the process) and return its exit status.
 
     A subcommand's ValueError is printed as ``smca NAME: error: …`` with exit status 2, an error of the system (a full
-    disk, say) as the same line with the file's name and exit status 1.
+    disk, say) as the same line with the file's name and exit status 1, and so is what does not fit into memory.
     Characters that the output's encoding lacks are replaced.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -83,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file = "output"
             _discard_output()
         print(f"smca {chosen}: error: {f'{file}: ' if file else ''}{error.strerror}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"smca {chosen}: error: {first_line(error)}", file=sys.stderr)
         return 1
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..execution import float32_products
 from . import distributed
 from .engine import Trainer, epoch_batches
-from .setup import arithmetic, build_model, count_steps, open_data
+from .setup import build_model, count_steps, open_data
 
 if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
     from .settings import Settings
@@ -37,7 +38,11 @@ def dry_run(settings: Settings) -> dict[str, float]:
         torch.OutOfMemoryError: for a step; with several processes, for a batch of the largest images too, after process
             0 has logged what is known.
     """
-    with distributed.process_group() as device, arithmetic(settings, device), contextlib.ExitStack() as stack:
+    with (
+        distributed.process_group() as device,
+        float32_products(settings.precision, deterministic=settings.deterministic),
+        contextlib.ExitStack() as stack,
+    ):
         train_set, _ = open_data(settings)
         steps_per_epoch = count_steps(settings, len(train_set))
         model = build_model(settings, len(train_set.classes), from_weights=False, device=device)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..execution import autocast, naming_batch
 from . import distributed
 from .seeds import DROPOUT, IMAGE_ORDER, derived_seed
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:  # these need the packages of the `model` extra, which `smca t
 
     Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
+LESS_MEMORY = (
+    "a smaller --batch-size with a larger --accumulate, smaller --sizes and --max-size, --precision bf16 and "
+    "--freeze-backbone take less"
+)
 
 # ----------------------------------------------------------------------------------------------------- images in order
 
@@ -141,6 +146,7 @@ class Trainer:
 
         Raises:
             TrainingError: for outputs, losses or gradients that are not finite.
+            torch.OutOfMemoryError: naming the batch's size.
         """
         counts = [float(sum(len(target["labels"]) for target in targets)) for _, targets in micro_batches]
         # The criterion divides by the boxes of one batch, averaged over processes, at least 1.
@@ -157,7 +163,8 @@ class Trainer:
         report: dict[str, float] = {}
         for i, (images, targets) in enumerate(micro_batches):
             reduced_later = self.parallel is not self.model and i + 1 < len(micro_batches)
-            with self.parallel.no_sync() if reduced_later else contextlib.nullcontext():
+            waiting = self.parallel.no_sync() if reduced_later else contextlib.nullcontext()
+            with waiting, naming_batch(images, f"step {self.step}: ", LESS_MEMORY):
                 weight = max(counts[i], 1.0) / max(sum(counts), 1.0)
                 losses = self._losses(images, targets)
                 total = torch.stack(list(losses.values())).sum() * weight
@@ -187,8 +194,7 @@ class Trainer:
     def _losses(self, images: list[Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = [image.to(self.device, non_blocking=True) for image in images]
         targets = [{**t, "boxes": t["boxes"].to(self.device), "labels": t["labels"].to(self.device)} for t in targets]
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
-        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+        with autocast(self.settings.precision, self.device):
             outputs = self.parallel(images)
         check_outputs(outputs, targets, self.step)
         losses: dict[str, Tensor] = self.criterion(outputs, targets)

@@ -19,13 +19,14 @@ from torch.utils.data import Subset
 
 from smca_kernels.tools.arguments import first_line
 
+from ..execution import float32_products
 from . import checkpoint, distributed
 from .best import Best
 from .distributed import log
 from .engine import Trainer, epoch_batches
 from .loggers import Logger, Loggers, open_loggers
 from .metrics import Metrics, read_metrics
-from .setup import MODEL_FILE, arithmetic, build_model, check_start, count_steps, images_per_step, open_data
+from .setup import MODEL_FILE, build_model, check_start, count_steps, images_per_step, open_data
 from .signals import Stopped, StopSignals
 
 if TYPE_CHECKING:  # this needs the packages of the `model` extra, which `smca train --help` does without
@@ -64,7 +65,7 @@ def train(
     with (
         distributed.process_group() as device,
         StopSignals() as stop,
-        arithmetic(settings, device),
+        float32_products(settings.precision, deterministic=settings.deterministic),
         contextlib.ExitStack() as stack,
         contextlib.ExitStack() as starting,
     ):

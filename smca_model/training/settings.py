@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import MAX_SIZE, SIZES, check_kinds
+from ..execution import PRECISION_HELP, PRECISIONS
 from ..presets import configure
 from .loggers import LOGGERS
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LR_BACKBONE = 1e-5
 DROP = 10.0  # the paper divides the learning rate by this, once
 
@@ -60,9 +60,7 @@ class Settings:
     clip: float = option(0.1, "largest norm of the gradient")
     batch_size: int = option(2, "images at once on one device")
     accumulate: int = option(1, "batches whose gradients make one step")
-    precision: str = option(
-        "fp32", "arithmetic; only tf32 makes TF32 products, in convolutions too", choices=PRECISIONS
-    )
+    precision: str = option("fp32", PRECISION_HELP, choices=PRECISIONS)
     ema: float = option(0.0, "decay of a moving average of the weights, such as 0.9997; 0: none")
     backend: str = option("auto", "of the co-attention", choices=("auto", "triton", "sdpa", "reference"))
     workers: int = option(4, "processes that load images, for each device; 0: none")

@@ -1,10 +1,8 @@
-"""The start of a run: its data, its model, its arithmetic, and how many steps it has."""
+"""The start of a run: its data, its model, and how many steps it has."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,26 +136,3 @@ def count_steps(settings: Settings, images: int) -> int:
             f"{distributed.world_size()} processes"
         )
     return steps
-
-
-@contextlib.contextmanager
-def arithmetic(settings: Settings, device: torch.device) -> Iterator[None]:
-    """TF32 and deterministic algorithms as the settings say, and as they were afterwards.
-
-    cuBLAS reads its workspaces' size when it is first used, and keeps it.
-    """
-    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    convolutions, workspaces = torch.backends.cudnn.allow_tf32, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"  # of itself it is True
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.use_deterministic_algorithms(deterministic)
-        if workspaces is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -124,6 +124,7 @@ def test_files_of_another_kind_are_refused_by_their_path(exported, tmp_path):
     [
         (["--attention"], "--attention must go with --runtime torch"),
         (["--device", "cuda"], "--device must be cpu with --runtime onnx, got cuda"),
+        (["--precision", "bf16"], "--precision must be fp32 with --runtime onnx, got bf16"),
         (["--queries", "1"], "--queries must go with --attention"),
         (["--layer", "0"], "--layer must go with --attention"),
         (["--weights", "none.onnx"], "--weights must be an ONNX file that onnxruntime can run, got none.onnx"),

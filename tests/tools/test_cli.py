@@ -110,6 +110,14 @@ def test_a_file_that_cant_be_written_is_told_in_one_line_with_status_1(
     assert capsys.readouterr().err == "smca example: error: runs/checkpoint.pt: No space left on device\n"
 
 
+def test_what_does_not_fit_into_memory_is_told_in_one_line_with_status_1(
+    add_command: AddCommand, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_command("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.\\nadvice')")
+    assert cli.main(["example"]) == 1
+    assert capsys.readouterr().err == "smca example: error: CUDA out of memory. Tried to allocate 1 GiB.\n"
+
+
 def test_an_error_without_a_number_of_the_system_keeps_its_traceback(add_command: AddCommand) -> None:
     add_command("raise OSError('could not get source code')")
     with pytest.raises(OSError, match="source code"):
