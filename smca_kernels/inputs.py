@@ -167,8 +167,7 @@ def _check_kinds(
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a tensor, got {kind_of(query)}")
     dtype, device = query.dtype, query.device
-    if query.layout != torch.strided:
-        raise TypeError(f"query must be dense, got a tensor of layout {query.layout}")
+    check_dense("query", query)
     if dtype not in FLOATING_DTYPES:
         raise TypeError(f"query must be one of {', '.join(map(str, FLOATING_DTYPES))}, got {dtype}")
     others = [key, value, center, precision]
@@ -177,8 +176,7 @@ def _check_kinds(
     for i, tensor in enumerate(others):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{DIFFERENTIABLE[i + 1]} must be a tensor, got {kind_of(tensor)}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{DIFFERENTIABLE[i + 1]} must be dense, got a tensor of layout {tensor.layout}")
+        check_dense(DIFFERENTIABLE[i + 1], tensor)
         if tensor.dtype != dtype and (i < 2 or tensor.dtype != torch.float32):
             allowed = dict.fromkeys([dtype] if i < 2 else [torch.float32, dtype])  # each once
             expected = " or ".join(map(str, allowed))
@@ -264,6 +262,7 @@ def check_valid_shapes(
             raise TypeError(f"valid_shapes must be an integer tensor, got {valid_shapes.dtype}")
         if valid_shapes.device != device:
             raise ValueError(f"valid_shapes must be on {device} as query, got {valid_shapes.device}")
+        check_dense("valid_shapes", valid_shapes)
         tensor = valid_shapes
     else:
         try:
@@ -293,9 +292,21 @@ def check_key_padding_mask(key_padding_mask: Tensor, batch: int, shapes: Spatial
         raise TypeError(f"key_padding_mask must be a torch.bool tensor, got {kind_of(key_padding_mask)}")
     if key_padding_mask.device != device:
         raise ValueError(f"key_padding_mask must be on {device} as query, got {key_padding_mask.device}")
+    check_dense("key_padding_mask", key_padding_mask)
     T = sum([height * width for height, width in shapes])
     if key_padding_mask.shape != (batch, T):
         raise ValueError(f"key_padding_mask must be [B={batch}, T={T}], got {shape_of(key_padding_mask)}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Check that a tensor is neither sparse nor nested.
+
+    Raises:
+        TypeError: for one that is.
+    """
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+        raise TypeError(f"{name} must be dense, got {kind}")
 
 
 def shape_of(tensor: Tensor) -> list[int]:

@@ -198,6 +198,16 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "precision must be dense, got .*sparse_coo",
     ),
+    "sparse key_padding_mask": (
+        {"key_padding_mask": tensor(2, 17, dtype=torch.bool).to_sparse()},
+        TypeError,
+        "key_padding_mask must be dense, got .*sparse_coo",
+    ),
+    "sparse valid_shapes": (
+        {"valid_shapes": torch.tensor(FULL).to_sparse()},
+        TypeError,
+        "valid_shapes must be dense, got .*sparse_coo",
+    ),
     "scale is beyond floats": ({"scale": 10**400}, ValueError, "scale must be finite, got 1000"),
     "dropout_p is True": ({"dropout_p": True}, TypeError, "dropout_p must be a number, got bool"),
     "scale is False": ({"scale": False}, TypeError, "scale must be a number or None, got bool"),
@@ -244,6 +254,14 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(
     arguments = make_arguments(generator, torch.device("cpu"))
     with pytest.raises(error, match=message):
         function(**(arguments | change))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor_is_refused(generator: torch.Generator) -> None:
+    arguments = make_arguments(generator, torch.device("cpu"))
+    arguments["key"] = torch.nested.nested_tensor(list(arguments["key"]))
+    with pytest.raises(TypeError, match="key must be dense, got a nested tensor"):
+        smca_attention(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smca_kernels.inputs import MAX_SCALES, is_number
+from smca_kernels.inputs import MAX_SCALES, check_dense, is_number
 
 
 def check_shape(name: str, tensor: Any, **axes: int | None) -> None:
     """Check that it is a tensor with these axes, named in order with their lengths; None allows any length."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     fits = tensor.dim() == len(axes) and all(
         size is None or actual == size for actual, size in zip(tensor.shape, axes.values(), strict=True)
     )
@@ -38,6 +39,16 @@ def check_device_of_features(name: str, tensor: Tensor, features: Tensor) -> Non
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_state_dict(name: str, value: Mapping[str, Tensor]) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a state dict, got {type(value).__name__}")
 
 
 def check_positive_int(name: str, value: int) -> None:

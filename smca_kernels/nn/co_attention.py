@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from smca_kernels.attention import attention_map, smca_attention
 from smca_kernels.inputs import MAX_HEAD_DIM, ValidShapes
-from smca_kernels.nn.checks import check_floating, check_positive_int, check_probability, check_shape
+from smca_kernels.nn.checks import (
+    check_bool,
+    check_floating,
+    check_positive_int,
+    check_probability,
+    check_shape,
+    check_state_dict,
+)
 from smca_kernels.nn.linear import OutputProjection
 from smca_kernels.nn.official import official_layer_options, official_layer_state
 from smca_kernels.nn.prior import SpatialPrior, SpatialPriorOutput
@@ -69,6 +76,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
                 f"embed_dim must be at most {MAX_HEAD_DIM} per head, got {embed_dim} for {num_heads} heads"
             )
         check_probability("dropout", dropout)
+        check_bool("batch_first", batch_first)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.dropout = float(dropout)
@@ -233,9 +241,11 @@ class SpatiallyModulatedCoAttention(nn.Module):
                 add_bias_kv are not supported.
 
         Raises:
+            TypeError: for anything but a state dict.
             ValueError: when a projection is missing or the state holds anything else.
             RuntimeError: when a shape differs.
         """
+        check_state_dict("state", state)
         expected = {name for name in self.state_dict() if not name.startswith("prior.")}
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
@@ -266,12 +276,18 @@ class SpatiallyModulatedCoAttention(nn.Module):
             dropout, batch_first: as the constructor.
 
         Raises:
+            TypeError: for anything but a state dict.
             ValueError: for parameters that fit no supported layer of that many heads and scales.
         """
         renamed = official_layer_state(state, prefix)
         options = official_layer_options(renamed, prefix, num_heads, strides)
         layer = cls(**options, beta=beta, dropout=dropout, batch_first=batch_first)
-        layer.load_state_dict(renamed)
+        try:
+            layer.load_state_dict(renamed)
+        except RuntimeError as error:
+            raise ValueError(
+                f"state must hold a supported decoder layer under the prefix {prefix!r}: {error}"
+            ) from None
         return layer
 
     def _prior(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from smca_kernels.nn.checks import check_strides
+from smca_kernels.nn.checks import check_state_dict, check_strides
 
 # Prefix of a parameter in the authors' decoder layer: the same in ours.
 OFFICIAL_NAMES = {
@@ -40,8 +40,10 @@ def official_layer_state(
         A state dict for a `SpatiallyModulatedCoAttention` of the same configuration; tensors are not copied.
 
     Raises:
+        TypeError: for anything but a state dict.
         ValueError: when the co-attention, norm4 or point2 is not there.
     """
+    check_state_dict("state", state)
     renamed = {
         ours + name.removeprefix(prefix + theirs): tensor
         for name, tensor in state.items()
@@ -87,7 +89,7 @@ def official_layer_options(
             )
         scale_type = scale_types[outputs]
     return {
-        "embed_dim": state["in_proj_weight"].shape[1],
+        "embed_dim": state["prior.norm.weight"].shape[0],
         "num_heads": num_heads,
         "strides": strides,
         "geometry": "official",

@@ -23,6 +23,7 @@ from smca_kernels.backends import BACKENDS, check_triton
 from smca_kernels.backends.devices import reaches_tensor_cores
 from smca_kernels.inputs import SpatialShapes, ValidShapes, check_spatial_shapes, check_valid_shapes
 from smca_kernels.nn.checks import (
+    check_bool,
     check_choice,
     check_device_of_features,
     check_floating,
@@ -106,7 +107,9 @@ class SpatialPrior(nn.Module):
         check_choice("geometry", geometry, GEOMETRIES)
         check_choice("modulation", modulation, MODULATIONS)
         check_choice("scale_type", scale_type, SCALE_TYPES)
+        check_bool("scale_selection", scale_selection)
         check_positive_number("beta", beta)
+        check_bool("predicts_center", predicts_center)
         check_strides(strides)
         self.embed_dim = embed_dim
         self.num_heads = num_heads

@@ -88,6 +88,13 @@ def test_multihead_attention_with_other_parameters_does_not_load(options: dict[s
         SpatiallyModulatedCoAttention(EMBED_DIM, HEADS).load_multihead_attention(attention.state_dict())
 
 
+def test_multihead_attention_loads_from_its_state_dict_alone() -> None:
+    with pytest.raises(TypeError, match="state must be a state dict, got MultiheadAttention"):
+        SpatiallyModulatedCoAttention(EMBED_DIM, HEADS).load_multihead_attention(
+            nn.MultiheadAttention(EMBED_DIM, HEADS)
+        )
+
+
 def test_sequence_first_and_batch_first_agree() -> None:
     layer, inputs = make_layer(), make_inputs()
     output, prior = layer(**inputs)
@@ -361,6 +368,9 @@ def test_forward_is_captured_into_a_cuda_graph() -> None:
         ({"beta": 0.0}, ValueError, "beta must be finite and above 0, got 0.0"),
         ({"beta": "8"}, TypeError, "beta must be a number, got str"),
         ({"dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\], got 1.5"),
+        ({"batch_first": "no"}, TypeError, "batch_first must be True or False, got 'no'"),
+        ({"scale_selection": "no"}, TypeError, "scale_selection must be True or False, got 'no'"),
+        ({"predicts_center": None}, TypeError, "predicts_center must be True or False, got None"),
     ],
 )
 def test_wrong_constructor_arguments_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -393,6 +403,8 @@ def test_wrong_constructor_arguments_are_named(options: dict[str, Any], error: t
         ({"key_padding_mask": torch.zeros(2, KEYS, device="meta").bool()}, ValueError, "must be on cpu as features"),
         ({"image_sizes": torch.zeros(2, 2, device="meta")}, ValueError, "must be on cpu as features, got meta"),
         ({"reference_logits": torch.zeros(2, 3, 2, device="meta")}, ValueError, "must be on cpu as features, got meta"),
+        ({"key": torch.zeros(2, KEYS, 8).to_sparse()}, TypeError, "key must be dense, got .*sparse_coo"),
+        ({"image_sizes": torch.ones(2, 2).to_sparse()}, TypeError, "image_sizes must be dense, got .*sparse_coo"),
         ({"backend": "cuda"}, ValueError, r"backend must be one of \('auto', 'triton', .*\), got 'cuda'"),
     ],
 )

@@ -119,5 +119,14 @@ def test_official_layers_that_fit_nothing_are_refused() -> None:
         load(official_state("", "type4", 1, first=True), "")
     with pytest.raises(ValueError, match=r"point2 must have .* got 16"):
         load(official_state("", "type3", 1, first=True), "", strides=(16, 32))
+    for change, message in (
+        ({"multihead_attn.bias_k": torch.zeros(1, 1, 256)}, 'Unexpected key.*"bias_k"'),
+        ({"point1.layers.0.weight": torch.zeros(64, 256)}, "size mismatch for prior.center_mlp.0.weight"),
+        ({"multihead_attn.in_proj_weight": torch.zeros(768)}, "size mismatch for in_proj_weight"),
+    ):
+        with pytest.raises(ValueError, match=f"state must hold a supported decoder layer (?s:.*){message}"):
+            load(official_state("", "type3", 1, first=True) | change, "")
+    with pytest.raises(TypeError, match="state must be a state dict, got Linear"):
+        load(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="under the prefix 'decoder'"):
         official_layer_state(official_state("", "type3", 1, first=True), "decoder")
