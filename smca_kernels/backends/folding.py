@@ -25,9 +25,9 @@ def in_transform() -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether a compiler, a dispatch mode or a tensor subclass looks on, which has to see operators and no caches."""
+    """Whether a compiler, torch.jit.trace, a mode or a subclass looks on, which has to see operators and no caches."""
     looked_at = torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
-    return looked_at or torch._C._len_torch_dispatch_stack() > 0
+    return looked_at or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def needs_operator(gradients: Sequence[Tensor | None]) -> bool:

@@ -1,7 +1,8 @@
-"""Transforms of torch.func and batches of gradients: on every backend what the reference gives, or a clear refusal."""
+"""Transforms of torch.func, batches of gradients and torch.jit.trace: what the reference gives, or a clear refusal."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -172,3 +173,36 @@ def test_the_prior_refuses_both(generator: torch.Generator, device: torch.device
         jvp(center, (features,), (features,))
     with pytest.raises(RuntimeError, match="'triton' has no double backward"):
         grad(lambda x: grad(center)(x).sum())(features)
+
+
+@fused
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
+def test_a_program_of_jit_trace_computes_with_the_tensors_that_it_is_given(backend: str, tensors: list[Tensor]) -> None:
+    attend = attend_with(backend)
+    first, other = ([tensor[i] for tensor in tensors] for i in (0, 1))
+    program = io.BytesIO()
+    torch.jit.save(torch.jit.trace(attend, first), program)
+    program.seek(0)
+    loaded = torch.jit.load(program)
+    leaves = [tensor.clone().requires_grad_() for tensor in other]
+    out = loaded(*leaves)
+    assert_close(out, attend(*other).double())
+    gradients = torch.autograd.grad(out.square().sum(), leaves)
+    assert_close(gradients, [gradient.double() for gradient in grad(squared(attend), ALL)(*other)])
+
+
+@fused
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
+def test_a_layer_in_a_program_of_jit_trace_computes_with_the_features_that_it_is_given(
+    backend: str, generator: torch.Generator, device: torch.device
+) -> None:
+    layer = SpatiallyModulatedCoAttention(16, 2, (16, 32), geometry="paper").to(device).requires_grad_(False)
+
+    def attend(query: Tensor, memory: Tensor) -> Tensor:
+        output: Tensor = layer(query, memory, memory, SHAPES, backend=backend)[0]
+        return output
+
+    inputs = [torch.randn(size, 2, 16, generator=generator).to(device) for size in (3, KEYS)]
+    traced = torch.jit.trace(attend, inputs)
+    others = [2 * tensor for tensor in inputs]
+    assert_close(traced(*others), attend(*others).double())
