@@ -169,6 +169,21 @@ class RecordedCall:
         return counts
 
 
+def is_measurable(inputs: AttentionInputs) -> bool:
+    """Whether a call can be run again: its tensors have elements and values, and are none of a vmap's, which ends."""
+    tensors = inputs.differentiable().values()
+    return inputs.query.numel() > 0 and not any(tensor.is_meta or _is_mapped(tensor) for tensor in tensors)
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def prior_width(precision: Tensor) -> tuple[float | None, float | None]:
     """Find the median and 90th percentile of σ = 1 / √(2 p), by nearest rank; None for an infinite one."""
     if not precision.numel():

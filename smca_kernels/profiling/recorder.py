@@ -6,6 +6,7 @@ repeated as it was, and each of its scales on its own, all in turns; nothing is 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,8 +20,8 @@ from torch.profiler import record_function
 
 from smca_kernels import attention
 from smca_kernels.backends import Attention
-from smca_kernels.inputs import AttentionInputs
-from smca_kernels.profiling.call import RecordedCall
+from smca_kernels.inputs import AttentionInputs, kind_of
+from smca_kernels.profiling.call import RecordedCall, is_measurable
 from smca_kernels.profiling.report import draw, table
 from smca_kernels.profiling.rows import CallRow, Row
 
@@ -61,7 +62,7 @@ class Profile:
         return "\n".join(table(*self._results(), self._repeats, self._skipped))
 
     def as_dict(self) -> dict[str, Any]:
-        """All rows as JSON holds them.
+        """All rows as JSON holds them: None for what is not a finite number.
 
         Raises:
             RuntimeError: as `rows`.
@@ -69,7 +70,7 @@ class Profile:
         calls, rows = self._results()
         return {
             "calls": [asdict(call) for call in calls],
-            "rows": [asdict(row) for row in rows],
+            "rows": [{name: _finite_or_none(value) for name, value in asdict(row).items()} for row in rows],
             "repeats": self._repeats,
             "calls_skipped": self._skipped,
         }
@@ -88,7 +89,8 @@ class Profile:
             raise RuntimeError("the profile's block must have ended without an error before its results are asked for")
         if not self._measured[0]:
             raise RuntimeError(
-                "no call of smca_attention was made in the profile's block; replays of CUDA graphs are not seen"
+                "no call of smca_attention that can be measured was made in the profile's block; replays of CUDA "
+                "graphs are not seen"
             )
         return self._measured
 
@@ -96,7 +98,7 @@ class Profile:
         """Wrap a backend's function so that its calls are recorded."""
 
         def recorded(inputs: AttentionInputs) -> Tensor:
-            if len(self._calls) == MAX_CALLS:
+            if len(self._calls) == MAX_CALLS or not is_measurable(inputs):
                 self._skipped += 1
                 return function(inputs)
             self._calls.append(RecordedCall.of(backend, function, inputs))
@@ -121,6 +123,10 @@ class Profile:
         self._calls.clear()
 
 
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
 @contextmanager
 def profile(repeats: int = 10, *, progress: bool = False) -> Iterator[Profile]:
     """Measure every call of `smca_attention` in a block of code, scale by scale.
@@ -131,17 +137,20 @@ def profile(repeats: int = 10, *, progress: bool = False) -> Iterator[Profile]:
 
     Where gradients were recorded for a call, its backward is measured as well, whether the block ran it or not. The
     tensors of up to 100 calls are kept until the end of the block, then measured, unless the block raised: put one
-    step into it. Compiled code runs eagerly in the block. Random numbers drawn after the block are those drawn
-    without it.
+    step into it. Calls inside of torch.vmap, without elements or without values can't be run again, and are counted
+    alone. Compiled code runs eagerly in the block. Random numbers drawn after the block are those drawn without it.
 
     Args:
         repeats: how often each call and each scale is measured; the median counts.
         progress: print on stderr which call is being measured.
 
     Raises:
-        ValueError: when repeats is less than 1.
+        TypeError: when repeats is no int.
+        ValueError: when it is less than 1.
         RuntimeError: inside another profile's block.
     """
+    if not isinstance(repeats, int) or isinstance(repeats, bool):
+        raise TypeError(f"repeats must be an int, got {kind_of(repeats)}")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     if attention.call_hook is not None:

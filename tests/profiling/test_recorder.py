@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import Tensor
 
 import smca_kernels
 from smca_kernels import attention, smca_attention
@@ -116,7 +117,7 @@ def test_an_error_in_the_block_leaves_no_results() -> None:
 def test_a_block_without_calls_says_so_when_asked() -> None:
     with smca_kernels.profile() as profile:
         pass
-    with pytest.raises(RuntimeError, match="no call of smca_attention was made"):
+    with pytest.raises(RuntimeError, match="no call of smca_attention that can be measured was made"):
         profile.table()
 
 
@@ -126,9 +127,47 @@ def test_a_profile_inside_a_profile_is_refused() -> None:
     assert attention.call_hook is None
 
 
-def test_no_repeats_are_refused() -> None:
-    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"), smca_kernels.profile(repeats=0):
+@pytest.mark.parametrize(
+    ("repeats", "error", "message"),
+    [
+        (0, ValueError, "repeats must be at least 1, got 0"),
+        (1.5, TypeError, "repeats must be an int, got float"),
+        (True, TypeError, "repeats must be an int, got bool"),
+    ],
+)
+def test_repeats_that_are_no_number_of_them_are_refused(repeats: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), smca_kernels.profile(repeats=repeats):
         pass
+
+
+def test_calls_that_cannot_be_run_again_are_counted(generator: torch.Generator) -> None:
+    given = arguments(generator)
+    query = given.pop("query").detach()
+    on_meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given.items()}
+    no_query = {
+        name: x[:, :, :0] if name in ("center", "precision", "scale_weights") else x for name, x in given.items()
+    }
+
+    def attend(query: Tensor) -> Tensor:
+        return smca_attention(query, **given)
+
+    with smca_kernels.profile(repeats=1) as profile:
+        torch.vmap(attend)(query[None])
+        torch.vmap(torch.func.grad(lambda query: attend(query).sum()))(query[None])
+        smca_attention(query.to("meta"), **on_meta)
+        smca_attention(query[:, :, :0], **no_query)
+        torch.func.grad(lambda query: attend(query).sum())(query)
+    assert len(profile.calls()) == 1
+    assert profile.as_dict()["calls_skipped"] == 4
+
+
+def test_what_is_not_a_number_is_null_in_json(generator: torch.Generator) -> None:
+    given = arguments(generator)
+    nothing = {name: torch.full_like(given[name], math.nan) for name in ("precision", "scale_weights")}
+    profile = profiled(given | nothing)
+    assert "nan" in profile.table()
+    report = json.loads(json.dumps(profile.as_dict(), allow_nan=False))
+    assert report["rows"][0]["scale_weight"] is report["rows"][0]["sigma_median"] is None
 
 
 def test_calls_beyond_the_limit_run_and_are_counted(
