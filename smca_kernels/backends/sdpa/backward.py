@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from smca_kernels.autocast import autocast_off
 from smca_kernels.backends.reference import ignored_keys
 from smca_kernels.backends.sdpa.columns import exact_dtype
 from smca_kernels.backends.sdpa.forward import (
@@ -46,7 +47,8 @@ def backward(grad_out: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor,
     batch, heads, queries, _ = query.shape
     gradients = GradientAccumulator(grad_out, inputs)
     is_dense = batch * heads * queries * inputs.key.shape[2] <= MAX_DENSE_SCORES
-    grad_center, grad_precision = (backward_dense if is_dense else backward_in_blocks)(gradients, inputs)
+    with autocast_off(query.device.type):  # of a caller whose backward is inside of its region
+        grad_center, grad_precision = (backward_dense if is_dense else backward_in_blocks)(gradients, inputs)
 
     def shaped(gradient: Tensor, like: Tensor) -> Tensor:
         gradient = gradient.view(batch, heads, *like.shape[2:])

@@ -124,6 +124,19 @@ def test_a_large_grid_is_within_its_budgets(prior: str, generator: torch.Generat
     assert_passes(case, generator, device)
 
 
+@pytest.mark.parametrize("dense_limit", [0, 2**14])
+def test_a_backward_inside_of_an_autocast_region_is_the_one_outside(
+    dense_limit: int, generator: torch.Generator, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_dense_limit(monkeypatch, dense_limit)
+    inputs = make_inputs(Case("autocast", SHAPES, heads=2, prior_heads=1), generator, device)
+    leaves, out = list(inputs.differentiable().values()), run(inputs)
+    expected = torch.autograd.grad(out, leaves, inputs.grad_output, retain_graph=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, inputs.grad_output)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.usefixtures("always_widened")
 @pytest.mark.parametrize("shape", [(2, 3), (1, 11), (19, 27), (11, 47)])
 def test_a_grid_that_leaves_few_keys_for_the_last_product_is_within_its_budgets(
