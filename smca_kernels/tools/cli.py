@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"smca {chosen}: error: {f'{file}: ' if file else ''}{error.strerror}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        # The system ends a process that loads data where memory, or shared memory, is lacking.
+        if not (is_out_of_memory(error) or str(error).startswith("DataLoader worker")):
             raise
         print(f"smca {chosen}: error: {first_line(error)}", file=sys.stderr)
         return 1

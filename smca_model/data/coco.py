@@ -284,6 +284,24 @@ def collate(items: Iterable[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[
     return list(images), list(targets)
 
 
+def _pack(items: Iterable[tuple[Tensor, Target]]) -> tuple[dict[str, Tensor], list[torch.Size], list[Target]]:
+    """A batch as three tensors: each that a worker hands on takes shared memory and a file descriptor of its own."""
+    images, targets = collate(items)
+    packed = {name: torch.cat([target[name] for target in targets]) for name in ("boxes", "labels")}
+    packed["pixels"] = torch.cat([image.flatten() for image in images])
+    rest = [{**target, "boxes": len(target["boxes"]), "labels": len(target["labels"])} for target in targets]
+    return packed, [image.shape for image in images], rest
+
+
+def _unpack(batch: tuple[dict[str, Tensor], list[torch.Size], list[Target]]) -> tuple[list[Tensor], list[Target]]:
+    packed, shapes, targets = batch
+    pixels = packed["pixels"].split([math.prod(shape) for shape in shapes])
+    for name in ("boxes", "labels"):
+        parts = packed[name].split([target[name] for target in targets])
+        targets = [{**target, name: part} for target, part in zip(targets, parts, strict=True)]
+    return [part.view(shape) for part, shape in zip(pixels, shapes, strict=True)], targets
+
+
 def load_batches(
     dataset: Dataset[tuple[Tensor, Target]], device: torch.device, workers: int, **order: Any
 ) -> Iterator[tuple[list[Tensor], list[Target]]]:
@@ -297,7 +315,7 @@ def load_batches(
     """
     loader = DataLoader(
         dataset,
-        collate_fn=collate,
+        collate_fn=_pack,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_ignore_signals,
@@ -305,7 +323,7 @@ def load_batches(
         **order,
     )
     try:
-        yield from loader
+        yield from map(_unpack, loader)
     except BaseException as error:
         # The error's frames would hold the loader's iterator, and so the workers, until the interpreter ends; then it
         # waits for them without telling them to end.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# The others wait while process 0 computes AP, which may take longer than the 10 minutes that NCCL waits of itself.
+TIMEOUT = timedelta(hours=3)
 
 
 @contextmanager
@@ -17,15 +21,23 @@ def process_group() -> Iterator[torch.device]:
 
     The group ends with the context, at once in all processes where nothing went wrong. What reduces gradients in it
     (`Trainer.close`) must be gone by then: one that outlives its group may wait for it forever.
+
+    Raises:
+        ValueError: for more processes than the machine has GPUs, if it has any.
     """
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else None
     if device is not None:
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"--nproc-per-node must be at most the {count} GPUs here, got a LOCAL_RANK of {local_rank}"
+            )
         torch.cuda.set_device(device)
     device = device or torch.device("cpu")
     if "WORLD_SIZE" not in os.environ or _joined():
         yield device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield device
         dist.barrier()  # none leaves while another still waits for it

@@ -118,6 +118,26 @@ def test_what_does_not_fit_into_memory_is_told_in_one_line_with_status_1(
     assert capsys.readouterr().err == "smca example: error: CUDA out of memory. Tried to allocate 1 GiB.\n"
 
 
+def test_a_loading_process_that_the_system_ended_is_told_in_one_line_with_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loading_command.py").write_text(
+        "import os, signal\n"
+        "from torch.utils.data import DataLoader, Dataset\n\n"
+        "class Killed(Dataset):\n"
+        "    def __len__(self): return 1\n"
+        "    def __getitem__(self, index): os.kill(os.getpid(), signal.SIGKILL)\n\n"
+        "def add_arguments(parser): pass\n\n"
+        "def run(args): list(DataLoader(Killed(), num_workers=1))\n",
+        "utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, "loading", ("loading_command", "load"))
+    assert cli.main(["loading"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("smca loading: error: DataLoader worker")
+
+
 def test_an_error_without_a_number_of_the_system_keeps_its_traceback(add_command: AddCommand) -> None:
     add_command("raise OSError('could not get source code')")
     with pytest.raises(OSError, match="source code"):

@@ -165,6 +165,24 @@ def test_collate_gives_lists(tmp_path: Path) -> None:
     assert [target["image_id"] for target in targets] == [1, 2]
 
 
+def test_batches_of_many_images_take_few_file_descriptors(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    sizes = {i: (10 + i, 30) for i in range(1, 65)}
+    boxes = [annotation(i, i, 3, [0, 0, 9, i % 5 + 1]) for i in sizes if i % 3]
+    dataset = validation(write_coco(tmp_path, boxes, sizes=sizes))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(tmp_path / "last", "wb") as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 60, hard))
+    try:
+        ((images, targets),) = coco.load_batches(dataset, torch.device("cpu"), 1, batch_size=64, timeout=60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        assert torch.equal(image, dataset[i][0])
+        assert all(torch.equal(target.pop(name), dataset[i][1][name]) for name in ("boxes", "labels"))
+        assert target == {name: value for name, value in dataset[i][1].items() if name not in ("boxes", "labels")}
+
+
 # --------------------------------------------------------------------------------------------------------------- images
 
 
