@@ -245,9 +245,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.attention and (args.queries is not None or args.layer is not None):
         raise ValueError(f"{'--layer' if args.queries is None else '--queries'} must go with --attention")
     images, videos = _files(args.images)
-    written = {(args.out / f"{file.stem}{ending}").resolve() for file in (*images, *videos) for ending in ENDINGS}
+    # Unlike Path.resolve, realpath takes links that lead in a circle.
+    written = {os.path.realpath(args.out / f"{file.stem}{end}") for file in (*images, *videos) for end in ENDINGS}
     for file in (*images, *videos):
-        if file.resolve() in written:
+        if os.path.realpath(file) in written:
             raise ValueError(f"--out must be another folder, or {file} would be replaced by what is found")
     if videos or args.webcam is not None:
         check_packages(("av", *(("cv2",) if args.webcam is not None else ())), "video")

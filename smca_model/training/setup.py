@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,11 +57,12 @@ def check_start(settings: Settings) -> None:
     Raises:
         ValueError: naming option and file.
     """
-    replaced = [(Path(settings.out) / name).resolve() for name in (MODEL_FILE, BEST_FILE) if settings.out]
+    # Unlike Path.resolve, realpath takes links that lead in a circle.
+    replaced = [os.path.realpath(Path(settings.out) / name) for name in (MODEL_FILE, BEST_FILE) if settings.out]
     for option, file in (("--weights", settings.weights), ("--detr-weights", settings.detr_weights)):
         if file and not Path(file).is_file():
             raise ValueError(f"{option} must be a file, got {file}")
-        if file and Path(file).resolve() in replaced:
+        if file and os.path.realpath(file) in replaced:
             raise ValueError(f"{option} must be a file that the run in --out does not replace, got {file}")
 
 

@@ -121,6 +121,7 @@ def test_what_is_no_image_keeps_no_other_from_being_written(
     (folder / "e.png").symlink_to(tmp_path / "nowhere.png")
     (folder / "._a.png").write_bytes(b"\0\5\x16\7Mac OS X")
     (folder / "f.png").mkdir()
+    (folder / "g.png").symlink_to("g.png")  # leads to itself
     command = ["detect", str(folder), "--weights", str(weights_file), "--out", str(out), "--batch-size", "1"]
     assert cli.main([*command, "--attention", "--queries", "1"]) == 1
     report = json.loads((out / "detections.json").read_text())
@@ -130,11 +131,11 @@ def test_what_is_no_image_keeps_no_other_from_being_written(
     assert {path.name for path in out.iterdir()} == written | {"detections.json"}
     told = capsys.readouterr()
     assert " in 4 images, " in told.out
-    lines = told.err.splitlines()[-6:]
-    assert lines[0] == "smca detect: 5 left out:"
-    for line, name in zip(lines[1:4], ("b.jpg", "c.webp", "e.png"), strict=True):
+    lines = told.err.splitlines()[-7:]
+    assert lines[0] == "smca detect: 6 left out:"
+    for line, name in zip(lines[1:5], ("b.jpg", "c.webp", "e.png", "g.png"), strict=True):
         assert line.startswith(f"image {folder / name} can't be read: ")
-    for line, kind in zip(lines[4:], ("boxes", "attention"), strict=True):
+    for line, kind in zip(lines[5:], ("boxes", "attention"), strict=True):
         assert line == f"picture {out / ('o' * 251)}_{kind}.png can't be written: File name too long"
     assert "._a.png" not in told.err
 

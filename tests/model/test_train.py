@@ -344,6 +344,9 @@ def test_a_folder_that_cant_be_made_is_named(data: Path, tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"out must be a folder that can be made, got .*file/run"):
         train(settings(data, tmp_path / "file" / "run"))
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(ValueError, match=r"out must be a folder that can be made, got .*circle"):
+        train(settings(data, tmp_path / "circle"))
 
 
 def test_a_run_goes_on_in_its_own_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
