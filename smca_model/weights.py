@@ -129,7 +129,14 @@ def save(
     }
     if evaluation is not None:
         metadata["evaluation"] = json.dumps(dict(evaluation))
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors takes none that share memory, such as those of a module that a backbone has under two names.
+        tensor = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+        state[name] = tensor.contiguous()
     with replacing(Path(path)) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         try:

@@ -74,6 +74,7 @@ def test_a_module_as_backbone_is_passed_again(tmp_path: Path) -> None:
             super().__init__()
             self.channels = {8: 16}
             self.convolution = nn.Conv2d(3, 16, 9, 8, padding=4)
+            self.same = self.convolution  # its weights are in the file under both names
 
         def forward(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
             return {8: self.convolution(images)}
