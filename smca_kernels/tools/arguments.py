@@ -102,6 +102,6 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch says that memory is lacking; torch.OutOfMemoryError is not all of them."""
-    return any(text in str(error) for text in OUT_OF_MEMORY)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is lacking; of torch's, torch.OutOfMemoryError is not the only one."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _discard_output()
         print(f"smca {chosen}: error: {f'{file}: ' if file else ''}{error.strerror}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # The system ends a process that loads data where memory, or shared memory, is lacking.
         if not (is_out_of_memory(error) or str(error).startswith("DataLoader worker")):
             raise

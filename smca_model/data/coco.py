@@ -258,8 +258,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """The height and width that no batch exceeds; of two images or more, one may be high and another wide."""
         short, sizes = max(self.sizes), set(self.orig_sizes)
         if self.train and self.crop:
-            cropped = itertools.product(self.orig_sizes, CROP_FROM)
-            for rows, columns in {tuple(self._crop_sides(self._size_to_crop(*each))) for each in cropped}:
+            cropped = {self._size_to_crop(*each) for each in itertools.product(sizes, CROP_FROM)}
+            for rows, columns in map(self._crop_sides, cropped):
                 sizes |= {(rows[0], columns[1]), (rows[1], columns[0])}
         height, width = map(max, zip(*(resized_size(size, short, self.max_size) for size in sizes), strict=True))
         if batch_size == 1:

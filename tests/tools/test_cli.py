@@ -110,12 +110,19 @@ def test_a_file_that_cant_be_written_is_told_in_one_line_with_status_1(
     assert capsys.readouterr().err == "smca example: error: runs/checkpoint.pt: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (r"__import__('torch').OutOfMemoryError('CUDA out of memory. Tried\nadvice')", "CUDA out of memory. Tried"),
+        ("MemoryError()", "MemoryError"),
+    ],
+)
 def test_what_does_not_fit_into_memory_is_told_in_one_line_with_status_1(
-    add_command: AddCommand, capsys: pytest.CaptureFixture[str]
+    error: str, told: str, add_command: AddCommand, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    add_command("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.\\nadvice')")
+    add_command(f"raise {error}")
     assert cli.main(["example"]) == 1
-    assert capsys.readouterr().err == "smca example: error: CUDA out of memory. Tried to allocate 1 GiB.\n"
+    assert capsys.readouterr().err == f"smca example: error: {told}\n"
 
 
 def test_a_loading_process_that_the_system_ended_is_told_in_one_line_with_status_1(
