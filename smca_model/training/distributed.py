@@ -5,14 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-# The others wait while process 0 computes AP, which may take longer than the 10 minutes that NCCL waits of itself.
-TIMEOUT = timedelta(hours=3)
 
 
 @contextmanager
@@ -37,7 +33,7 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or _joined():
         yield device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
         dist.barrier()  # none leaves while another still waits for it
