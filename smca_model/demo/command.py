@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--compare can't be given with --ablations, which compare with detr-tiny anyway")
     if args.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {args.seed}")
+    if not args.ablations:
+        learning.check_replaceable(args.out / "detector")
     make_folder("--out", args.out)
     if args.ablations:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -82,6 +83,17 @@ def use_fastest_threads(settings: Settings) -> str:
     best = min(seconds, key=lambda number: seconds[number])
     torch.set_num_threads(best)
     return ", ".join(f"{number}: {second:.2f} s a step" for number, second in seconds.items()) + f"; {best} it is"
+
+
+def check_replaceable(folder: Path) -> None:
+    """Check that what a new detector takes the place of is one of an earlier demo, if there is anything.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    earlier = (folder / "smca-tiny" / "model.safetensors").is_file() and not folder.is_symlink()
+    if os.path.lexists(folder) and not earlier:
+        raise ValueError(f"--out must have nothing called detector but an earlier demo's, which {folder} is not")
 
 
 def run_detector(out: Path, *, compare: bool, seed: int) -> None:

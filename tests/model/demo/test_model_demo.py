@@ -37,12 +37,21 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photographs, "run_layer", lambda out: 0)
 
 
+def write_earlier_demo(out: Path) -> list[Path]:
+    """Files of a demo before, by which it is told and others."""
+    folder = out / "detector"
+    (folder / "smca-tiny").mkdir(parents=True)
+    files = [folder / "of_an_earlier_demo", folder / "smca-tiny" / "model.safetensors"]
+    for file in files:
+        file.touch()
+    return files
+
+
 def test_compare_trains_both_and_leaves_weights_curves_and_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    (out / "detector").mkdir(parents=True)
-    (out / "detector" / "of_an_earlier_demo").touch()
+    write_earlier_demo(out)
     assert cli.main(["demo", "--out", str(out), "--compare"]) == 0
     assert [path.name for path in out.iterdir()] == ["detector"]
     left = {path.name for path in (out / "detector").iterdir()}
@@ -106,11 +115,10 @@ def test_an_interrupted_demo_says_so_and_leaves_what_was_there(
 
     monkeypatch.setattr(Trainer, "train_step", interrupt)
     out = tmp_path / "out"
-    (out / "detector").mkdir(parents=True)
-    (out / "detector" / "of_an_earlier_demo").touch()
+    earlier = write_earlier_demo(out)
     assert cli.main(["demo", "--out", str(out)]) == 130
     assert "interrupted: nothing of the detector was kept" in capsys.readouterr().err
-    assert [path.relative_to(out).as_posix() for path in out.rglob("*")] == ["detector", "detector/of_an_earlier_demo"]
+    assert [path for path in out.rglob("*") if not path.is_dir()] == earlier
 
 
 def test_the_detector_is_left_out_where_the_operator_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +136,26 @@ def test_a_missing_package_is_named_with_what_installs_it(
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
     assert f"smca demo: error: needs {package}: pip install 'smca_kernels[model,demo]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_detector_that_no_demo_left_is_refused_before_any_work(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "detector"
+    if kind == "folder":
+        folder.mkdir()
+        (folder / "of_mine.py").touch()
+    elif kind == "file":
+        folder.touch()
+    else:
+        write_earlier_demo(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere" / "detector")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    told = f"--out must have nothing called detector but an earlier demo's, which {folder} is not"
+    assert told in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_out_that_is_a_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
