@@ -86,10 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"smca {chosen}: error: {f'{file}: ' if file else ''}{error.strerror}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        # The system ends a process that loads data where memory, or shared memory, is lacking.
-        if not (is_out_of_memory(error) or str(error).startswith("DataLoader worker")):
+        told = first_line(error)
+        if told.startswith("DataLoader worker"):  # the system ended it
+            told += "; where memory, or shared memory, is lacking, fewer --workers take less"
+        elif not is_out_of_memory(error):
             raise
-        print(f"smca {chosen}: error: {first_line(error)}", file=sys.stderr)
+        print(f"smca {chosen}: error: {told}", file=sys.stderr)
         return 1
 
 

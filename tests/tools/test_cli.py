@@ -143,6 +143,7 @@ def test_a_loading_process_that_the_system_ended_is_told_in_one_line_with_status
     assert cli.main(["loading"]) == 1
     (told,) = capsys.readouterr().err.splitlines()
     assert told.startswith("smca loading: error: DataLoader worker")
+    assert told.endswith("fewer --workers take less")
 
 
 def test_an_error_without_a_number_of_the_system_keeps_its_traceback(add_command: AddCommand) -> None:
