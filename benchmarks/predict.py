@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_output_file, check_packages
+from smca_kernels.tools.arguments import check_output_files, check_packages
 from smca_kernels.tools.cost.architectures import ARCHITECTURES
 
 from . import limits, report, schedule
@@ -202,8 +202,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: without Triton, and for files that can't be read or lack what is needed.
     """
     check_packages(("triton",), "triton")
-    check_output_file("--out", args.out)
-    check_output_file("--json", args.json)
+    check_output_files({"--out": args.out, "--json": args.json})
     measured = None if args.measured is None else report.load(args.measured)
     if args.cost is not None:
         try:

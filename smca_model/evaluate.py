@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smca_kernels.files import write_text
-from smca_kernels.tools.arguments import check_output_file, check_packages, choose_device, make_folder, naming_option
+from smca_kernels.tools.arguments import check_output_files, check_packages, choose_device, make_folder, naming_option
 
 from .coco_results import Detection, confusion_matrix, measure
 from .execution import PRECISION_HELP, PRECISIONS, autocast, float32_products, naming_batch
@@ -222,8 +222,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_packages(("matplotlib",), "model")
     check_threshold(args.threshold)
-    check_output_file("--json", args.json)
-    check_output_file("--detections", args.detections)
+    check_output_files({"--json": args.json, "--detections": args.detections})
     if args.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {args.workers}")
     from .data.coco import CocoDetection

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +41,22 @@ def check_output_file(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} must name a file in an existing folder, got {path}")
     if not is_replaceable(path):
         raise ValueError(f"{option} must name a regular file or a new one, no pipe, device or stream, got {path}")
+
+
+def check_output_files(paths: Mapping[str, Path | None]) -> None:
+    """Check the files of several options as `check_output_file` does, and that each is another.
+
+    Raises:
+        ValueError: naming an option and its path.
+    """
+    options: dict[Path, str] = {}
+    for option, path in paths.items():
+        check_output_file(option, path)
+        if path is None:
+            continue
+        other = options.setdefault(path.absolute().parent.resolve() / path.name, option)  # a link itself is replaced
+        if other != option:
+            raise ValueError(f"{option} must name another file than {other}, got {path}")
 
 
 def make_folder(option: str, path: Path) -> None:

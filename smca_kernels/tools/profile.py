@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from smca_kernels.backends import BACKENDS
 from smca_kernels.files import replacing, write_text
-from smca_kernels.tools.arguments import check_output_file, check_packages
+from smca_kernels.tools.arguments import check_output_files, check_packages
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
-    for option, path in (("--json", args.json), ("--picture", args.picture), ("--trace", args.trace)):
-        check_output_file(option, path)
+    check_output_files({"--json": args.json, "--picture": args.picture, "--trace": args.trace})
     if args.picture is not None:
         check_packages(("matplotlib",), "model,demo")
 

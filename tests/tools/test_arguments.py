@@ -31,6 +31,20 @@ def test_an_output_file_is_new_or_a_regular_one(tmp_path: Path) -> None:
     check_output_file("--json", None)
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [(["parity"], ("--json", "--junit")), (["profile", "--workload", "basic-b1"], ("--json", "--trace"))],
+)
+def test_output_files_of_two_options_are_two(
+    command: list[str], options: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    file, same = tmp_path / "file", tmp_path / "folder" / ".." / "file"
+    assert cli.main([*command, options[0], str(file), options[1], str(same)]) == 2
+    assert f"{options[1]} must name another file than {options[0]}, got {same}" in capsys.readouterr().err
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("name", ["meta", "meta:0"])
 def test_a_device_without_values_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"--device {name} can't be used: it has shapes, but no values"):

@@ -17,7 +17,7 @@ from smca_kernels import backends
 from smca_kernels.files import write_text
 from smca_kernels.testing.cases import CASES, DTYPES, Case, case_generator, make_inputs
 from smca_kernels.testing.check import check
-from smca_kernels.tools.arguments import check_output_file, choose_device
+from smca_kernels.tools.arguments import check_output_files, choose_device
 from smca_kernels.tools.env import describe, versions
 from smca_kernels.tools.parity.compiled import OUTSIDE, parse_architecture, run_compiled
 from smca_kernels.tools.parity.rows import Row, json_report, junit_report, print_header, print_row, print_summary
@@ -73,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: for options that exclude each other, a device that can't be used, a file whose folder does not
             exist, and for --compiled without Triton.
     """
-    check_output_file("--json", args.json)
-    check_output_file("--junit", args.junit)
+    check_output_files({"--json": args.json, "--junit": args.junit})
     if args.compiled is not None and (args.backend is not None or args.device is not None):
         raise ValueError("--compiled runs on the CPU, in place of backends: give neither --backend nor --device")
     device = choose_device("cpu" if args.compiled is not None else args.device)
