@@ -64,7 +64,7 @@ def position_table(device: torch.device) -> Tensor:
 def make_position_table(device: torch.device) -> Tensor:
     """Make what `position_table` returns, on a device."""
     middle, rows, unit = MIDDLE.value, AXIS_ROWS.value, SQUARE_UNIT.value
-    position = torch.arange(1 - middle, rows - middle, device=device)
+    position = torch.arange(1 - middle, rows - middle, dtype=torch.float32, device=device)
     low = position.square() % 256
     high = (position.square() - low) / unit
     one = torch.full_like(high, ONE_UNIT.value)

@@ -185,6 +185,15 @@ def test_features_are_the_squares_and_positions_in_the_documented_channels(in_bf
     assert torch.equal(features_of(device, x, y, counts, in_bfloat16), expected)
 
 
+def test_features_are_the_same_whatever_the_default_dtype(device):
+    expected, default = launch.make_position_table(device), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(launch.make_position_table(device), expected)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_coefficients_are_sums_of_float16_terms(device):
     p, e = (torch.randn(2, ROWS) * 10.0 ** torch.randint(-4, 1, (2, ROWS)) for _ in range(2))
     p, n = p.abs(), torch.randint(-255, 256, (2, ROWS)).float()
