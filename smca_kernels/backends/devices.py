@@ -1,4 +1,4 @@
-"""What a GPU can do, asked once: a small call would feel the question."""
+"""What a GPU can do; asked once, because asking is slow beside a small call."""
 
 from __future__ import annotations
 

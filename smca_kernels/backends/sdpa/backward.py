@@ -250,6 +250,7 @@ class GridAxes(NamedTuple):
 
 @kept_on_device
 def grid_axes(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> GridAxes:
+    """The axes of the grids, coordinates and `total` in `dtype`."""
     sizes = [size for height, width in shapes for size in (width, height)]
     coordinate = torch.cat([torch.arange(size, dtype=dtype, device=device) for size in sizes])
     repeats = torch.tensor(sizes, device=device)

@@ -31,7 +31,7 @@ IGNORED_FEATURE = dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), 
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """For what is computed once a query; Metal has no float64."""
+    """The dtype for what is computed once a query: float64, which Metal lacks."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -44,11 +44,12 @@ class Features(NamedTuple):
     highest: Tensor  # [S, 2]: of the last
     largest: Tensor  # [S, coefficients]: of the features' magnitudes
     units: Tensor  # [coefficients]: powers of two in which coefficients are stored
-    steepest: Tensor  # [S, 1]: precision below which no product of float16 columns overflows, σ of 0.01 cells or less
+    steepest: Tensor  # [S, 1]: precision up to which no product of float16 columns overflows, σ of 0.016 cells or less
 
 
 @kept_on_device
 def key_features(shapes: SpatialShapes, dtype: torch.dtype, device: torch.device) -> Features:
+    """Columns of all keys in `dtype`, the one for ignored keys first and 0; the rest in `exact_dtype`."""
     wide = exact_dtype(device)
     sizes = torch.tensor([(width, height) for height, width in shapes], dtype=wide, device=device)
     middle = sizes // 2

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
-from smca_kernels.backends.folding import is_traced
 from smca_kernels.backends.reference import cell_coordinates, ignored_keys, zeroed
 from smca_kernels.backends.sdpa.columns import (
     HALF_DTYPES,
@@ -27,6 +26,7 @@ from smca_kernels.backends.sdpa.columns import (
 )
 from smca_kernels.backends.sdpa.tables import kept_on_device
 from smca_kernels.backends.sdpa.threads import share_out
+from smca_kernels.backends.transforms import is_traced
 from smca_kernels.inputs import AttentionInputs, SpatialShapes
 
 MAX_DENSE_SCORES = 2**14  # up to here a bias of queries × keys costs less than widened keys

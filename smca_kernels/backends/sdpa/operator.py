@@ -13,14 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.folding import (
-    folding_rule,
-    in_transform,
-    is_traced,
-    needs_operator,
-    save_nothing,
-    transformable,
-)
 from smca_kernels.backends.sdpa.backward import backward
 from smca_kernels.backends.sdpa.forward import (
     combine_scales,
@@ -29,6 +21,13 @@ from smca_kernels.backends.sdpa.forward import (
     full_dtype,
     fused_rounds_to_tf32,
     widened_outputs,
+)
+from smca_kernels.backends.transforms import (
+    folding_rule,
+    in_transform,
+    is_traced,
+    needs_operator,
+    register_derivatives,
 )
 from smca_kernels.inputs import DIFFERENTIABLE, SCHEMA, AttentionInputs
 
@@ -103,25 +102,14 @@ def _wanted(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> tuple[Tensor
     return *(gradient if is_wanted else None for gradient, is_wanted in pairs), *(None for _ in wanted[6:])
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "smca_attention: backend 'sdpa' has no double backward; use backend='reference' for second derivatives"
-    )
-
-
-NO_FORWARD_MODE = (
-    "smca_attention: backend 'sdpa' has no forward-mode differentiation; use backend='reference' for jvp and jacfwd"
+_transformable_forward, _transformable_backward = register_derivatives(
+    _forward_operator,
+    _backward_operator,
+    rules=(partial(folding_rule, tensors=8), partial(folding_rule, tensors=9)),
+    save_for_backward=_save_for_backward,
+    differentiate=_differentiate,
+    name="smca_attention: backend 'sdpa'",
 )
-
-_forward_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
-_backward_operator.register_autograd(_refuse)
-_forward_rule, _backward_rule = partial(folding_rule, tensors=8), partial(folding_rule, tensors=9)
-_forward_operator.register_vmap(_forward_rule(_forward_operator))
-_backward_operator.register_vmap(_backward_rule(_backward_operator))
-_transformable_forward = transformable(
-    _forward_operator, _forward_rule, _save_for_backward, _differentiate, NO_FORWARD_MODE
-)
-_transformable_backward = transformable(_backward_operator, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
 class _Attention(torch.autograd.Function):

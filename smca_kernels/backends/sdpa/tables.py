@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.folding import is_traced
+from smca_kernels.backends.transforms import is_traced
 from smca_kernels.inputs import SpatialShapes
 
 Table = TypeVar("Table")
@@ -20,14 +20,14 @@ MAX_KEPT = 64  # a detector's grids change from batch to batch
 
 
 class NotKeptError(Exception):
-    """There is no such table yet, and none may be kept now."""
+    """There is no such table yet, and during a capture none may be kept."""
 
 
 def kept_on_device(make: Maker[Table]) -> Getter[Table]:
     """Keep the last tables that were made for (shapes, dtype, a tensor's device).
 
-    While something looks on that has to see how a table is made, it is made anew. One that a CUDA graph was captured
-    with is kept for good, as the graph has its address; one made in a capture is the graph's own.
+    While something is watching (`is_traced`), a table is made anew, so that it is seen how. One that a CUDA graph was
+    captured with is kept for good, since the graph holds its address; one made during a capture belongs to the graph.
     """
 
     @lru_cache(MAX_KEPT)

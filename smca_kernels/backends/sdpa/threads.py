@@ -15,7 +15,7 @@ from threading import Barrier, Lock
 import torch
 from torch import Tensor
 
-from smca_kernels.backends.folding import is_traced
+from smca_kernels.backends.transforms import is_traced
 
 MIN_SHARED_SCORES = 2**20  # below, handing work over takes longer than waiting
 

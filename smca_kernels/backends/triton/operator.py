@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from smca_kernels.backends.devices import capability, is_nvidia
-from smca_kernels.backends.folding import (
+from smca_kernels.backends.transforms import (
     folding_rule,
     in_transform,
     is_traced,
     needs_operator,
     one_by_one_rule,
-    save_nothing,
-    transformable,
+    register_derivatives,
 )
 from smca_kernels.backends.triton import hopper, launch
 from smca_kernels.backends.triton.channels import INTERPRETED
@@ -115,20 +114,14 @@ def _differentiate(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, 
     return _wanted(ctx, saved, call(grad_out, *_backward_arguments(ctx, saved)))
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "smca_attention: backend 'triton' has no double backward; use backend='reference' for second derivatives"
-    )
-
-
 def _forward_rule(call: Any) -> Any:
-    """vmap's rule. Dropout knows an image by its place in the batch."""
+    """Make vmap's rule: image by image with dropout, which knows an image by its place in the batch."""
     folded, separate = folding_rule(call, tensors=8), one_by_one_rule(call)
     return lambda info, dims, *arguments: (folded if arguments[12] is None else separate)(info, dims, *arguments)
 
 
 def _backward_rule(call: Any) -> Any:
-    """vmap's rule, in which the tensors of the forward come before what is no tensor."""
+    """Make vmap's rule for a call with its arguments in another order: first all tensors."""
 
     def reordered(*arguments: Any) -> Any:
         return call(*arguments[:9], *arguments[12:17], *arguments[9:12], *arguments[17:])
@@ -142,16 +135,14 @@ def _backward_rule(call: Any) -> Any:
     )
 
 
-NO_FORWARD_MODE = (
-    "smca_attention: backend 'triton' has no forward-mode differentiation; use backend='reference' for jvp and jacfwd"
+_transformable_forward, _transformable_backward = register_derivatives(
+    _forward,
+    _backward,
+    rules=(_forward_rule, _backward_rule),
+    save_for_backward=_save_for_backward,
+    differentiate=_differentiate,
+    name="smca_attention: backend 'triton'",
 )
-
-_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
-_backward.register_autograd(_refuse)
-_forward.register_vmap(_forward_rule(_forward))
-_backward.register_vmap(_backward_rule(_backward))
-_transformable_forward = transformable(_forward, _forward_rule, _save_for_backward, _differentiate, NO_FORWARD_MODE)
-_transformable_backward = transformable(_backward, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
 class _Attention(torch.autograd.Function):

@@ -26,13 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from smca_kernels.backends.devices import capability, is_nvidia
-from smca_kernels.backends.folding import (
+from smca_kernels.backends.transforms import (
     folding_rule,
     in_transform,
     is_traced,
     needs_operator,
-    save_nothing,
-    transformable,
+    register_derivatives,
 )
 from smca_kernels.backends.triton import hopper
 from smca_kernels.backends.triton.channels import INTERPRETED, grid_of_scale
@@ -221,7 +220,9 @@ def prior_backward_kernel(
         tl.store(grad_selection + at, dt.to(grad_selection.dtype.element_ty), mask=mask)
 
 
-def constants(axes: int, strides: Sequence[float], factors: Sequence[float], floor: float | None, heads: int):
+def constants(
+    axes: int, strides: Sequence[float], factors: Sequence[float], floor: float | None, heads: int
+) -> dict[str, Any]:
     """The compile-time arguments of both kernels: they depend on how a module was made, and on nothing else."""
     pairs = triton.next_power_of_2(len(strides) * heads)
     return {
@@ -233,7 +234,7 @@ def constants(axes: int, strides: Sequence[float], factors: Sequence[float], flo
 
 
 def launch(kernel: Any, inputs: Sequence[Any], others: Sequence[Tensor | None]) -> None:
-    """`inputs` as in the schema below; `others` is what the kernel takes between those and their strides."""
+    """Launch a kernel on `inputs`, as in the schema below; `others` are the tensors between those and the strides."""
     *tensors, spatial_shapes, strides, factors, floor, heads = inputs
     raw: list[Any] = [None if t is None else last_axis_contiguous(t) for t in tensors[:4]]
     sizes = [None if t is None else t.contiguous() for t in tensors[4:]]
@@ -260,8 +261,10 @@ UPSTREAM = "Tensor? grad_center, Tensor? grad_precision, Tensor? grad_weights, T
 FOUR_TENSORS = "(Tensor, Tensor, Tensor, Tensor)"
 
 
-def _results(logits, offset, object_scale, selection, image_sizes, valid_shapes, spatial_shapes, strides, *others):
-    """center, precision, scale_weights, fp32 logits; the last two empty without selection, or if logits are fp32."""
+def _empty_results(
+    logits, offset, object_scale, selection, image_sizes, valid_shapes, spatial_shapes, strides, *others
+):
+    """Memory for center, precision, scale_weights and fp32 logits; none for the last two where they aren't computed."""
     (batch, queries, _), scales, heads = logits.shape, len(strides), others[-1]
     center = logits.new_empty(batch, heads, queries, scales, 2, dtype=torch.float32)
     weights = (0,) if selection is None else (batch, 1, queries, scales)
@@ -269,20 +272,20 @@ def _results(logits, offset, object_scale, selection, image_sizes, valid_shapes,
     return center, torch.empty_like(center), center.new_empty(weights), center.new_empty(wide)
 
 
-def _gradients(*inputs):
-    """Those to logits, offset, object_scale and selection; empty where there is no such input."""
+def _empty_gradients(*inputs):
+    """Memory for the gradients of logits, offset, object_scale and selection; none where there is no such input."""
     return tuple(inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:4])
 
 
 def _launch_forward(*inputs):
-    results = _results(*inputs)
+    results = _empty_results(*inputs)
     launch(prior_kernel, inputs, [t if t.numel() else None for t in results])
     return results
 
 
 def _launch_backward(*arguments):
     inputs, upstream = arguments[:-4], arguments[-4:]
-    gradients = _gradients(*inputs)
+    gradients = _empty_gradients(*inputs)
     others = [None if g is None or not g.numel() else g.contiguous() for g in upstream]
     launch(prior_backward_kernel, inputs, others + [t if t.numel() else None for t in gradients])
     return gradients
@@ -300,8 +303,8 @@ def _backward(*arguments):
     return _launch_backward(*arguments)
 
 
-_prior.register_fake(_results)
-_backward.register_fake(_gradients)
+_prior.register_fake(_empty_results)
+_backward.register_fake(_empty_gradients)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -317,14 +320,8 @@ def _differentiate(ctx, *upstream, call=None):
     return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *(None,) * 7
 
 
-def _refuse(ctx, *gradients):
-    raise RuntimeError(
-        "SpatialPrior: backend 'triton' has no double backward; use backend='reference' for second derivatives"
-    )
-
-
 def _backward_rule(call):
-    """vmap's rule, in which the upstream gradients come before what is no tensor."""
+    """Make vmap's rule for a call with its arguments in another order: first all tensors."""
 
     def reordered(*arguments):
         return call(*arguments[:6], *arguments[10:], *arguments[6:10])
@@ -335,17 +332,14 @@ def _backward_rule(call):
     )
 
 
-NO_FORWARD_MODE = (
-    "SpatialPrior: backend 'triton' has no forward-mode differentiation; use backend='reference' for jvp and jacfwd"
+_transformable_prior, _transformable_backward = register_derivatives(
+    _prior,
+    _backward,
+    rules=(partial(folding_rule, tensors=6), _backward_rule),
+    save_for_backward=_save_for_backward,
+    differentiate=_differentiate,
+    name="SpatialPrior: backend 'triton'",
 )
-
-_prior_rule = partial(folding_rule, tensors=6)
-_prior.register_autograd(_differentiate, setup_context=_save_for_backward)
-_backward.register_autograd(_refuse)
-_prior.register_vmap(_prior_rule(_prior))
-_backward.register_vmap(_backward_rule(_backward))
-_transformable_prior = transformable(_prior, _prior_rule, _save_for_backward, _differentiate, NO_FORWARD_MODE)
-_transformable_backward = transformable(_backward, _backward_rule, save_nothing, _refuse, NO_FORWARD_MODE)
 
 
 class _EagerPrior(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""Transforms of torch.func for operators that don't know them: vmap, grad, what is made of the two, and no jvp.
+"""Derivatives of operators, once, and the transforms of torch.func that follow from them: vmap and grad, but no jvp.
 
-What torch.vmap maps over is folded into the images of a batch, which no result crosses. Transforms need an
-autograd.Function: they refuse the one that torch.library makes of an operator.
+torch.vmap's dimension is folded into the batch, whose images do not depend on each other. The transforms need an
+autograd.Function of their own: they refuse the one that torch.library makes of an operator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Rule: TypeAlias = Callable[..., tuple[Any, Any]]  # as torch.library.register_vm
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is going on, outside of a compiler."""
+    """Whether a transform of torch.func or forward-mode differentiation is active, outside of a compiler."""
     if torch.compiler.is_compiling():
         return False
     transforming: bool = torch._C._are_functorch_transforms_active()
@@ -25,15 +25,16 @@ def in_transform() -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether a compiler, torch.jit.trace, a mode or a subclass looks on, which has to see operators and no caches."""
-    looked_at = torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
-    return looked_at or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    """Whether a compiler, torch.jit.trace, a mode or a subclass is watching: it must see operators, and no caches."""
+    is_watched = torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return is_watched or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def needs_operator(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether a backward of these gradients has to be an operator's.
+    """Whether a backward of these upstream gradients has to go through the operator.
 
-    A graph of it is wanted, which the operator refuses to be, it is one of many in a batch, or something looks on.
+    It has to where a graph of the backward is wanted (the operator refuses), where autograd has batched the gradients
+    (`is_grads_batched`), and where something is watching (`is_traced`).
     """
     present = [gradient for gradient in gradients if gradient is not None]
     is_batched = any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in present)
@@ -41,10 +42,9 @@ def needs_operator(gradients: Sequence[Tensor | None]) -> bool:
 
 
 def folding_rule(call: Callable[..., Any], tensors: int) -> Rule:
-    """The rule of vmap for a call whose first `tensors` arguments are tensors [B, ...] or None.
+    """Make vmap's rule for a call whose first `tensors` arguments are tensors [B, ...] or None.
 
-    Its results are tensors [B, ...] of at least two dimensions, or have one and no elements where they stand for
-    nothing.
+    Its results are tensors [B, ...] of at least two dimensions; an empty tensor of one dimension stands for no result.
     """
 
     def rule(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def folding_rule(call: Callable[..., Any], tensors: int) -> Rule:
 
 
 def one_by_one_rule(call: Callable[..., Any]) -> Rule:
-    """The rule of vmap for a call whose random numbers depend on the place of an image in its batch."""
+    """Make vmap's rule for a call whose random numbers depend on an image's place in its batch: call after call."""
 
     def rule(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
         pairs = list(zip(arguments, dims, strict=True))
@@ -82,21 +82,51 @@ def one_by_one_rule(call: Callable[..., Any]) -> Rule:
     return rule
 
 
-def transformable(
+def register_derivatives(
+    forward: Any,
+    backward: Any,
+    *,
+    rules: tuple[Callable[[Callable[..., Any]], Rule], Callable[[Callable[..., Any]], Rule]],
+    save_for_backward: Callable[..., None],
+    differentiate: Callable[..., Any],
+    name: str,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Register autograd and vmap of an operator and of the operator that computes its gradients.
+
+    Args:
+        forward, backward: the two operators, of torch.library.custom_op.
+        rules: for each a function that makes vmap's rule of a call.
+        save_for_backward, differentiate: setup_context and backward, as `torch.library.register_autograd` takes them.
+        name: begins the messages that refuse second derivatives and forward mode: "smca_attention: backend 'sdpa'".
+
+    Returns:
+        Functions of both operators that torch.func can transform.
+    """
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(f"{name} has no double backward; use backend='reference' for second derivatives")
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    forward.register_autograd(differentiate, setup_context=save_for_backward)
+    backward.register_autograd(refuse)
+    forward.register_vmap(rules[0](forward))
+    backward.register_vmap(rules[1](backward))
+    return (
+        _transformable(forward, rules[0], save_for_backward, differentiate, name),
+        _transformable(backward, rules[1], save_nothing, refuse, name),
+    )
+
+
+def _transformable(
     call: Callable[..., Any],
     make_rule: Callable[[Callable[..., Any]], Rule],
     save_for_backward: Callable[..., None],
     backward: Callable[..., Any],
-    refusal: str,
+    name: str,
 ) -> Callable[..., Any]:
-    """Make a function of an operator that torch.func can transform.
-
-    Args:
-        call: the operator.
-        make_rule: makes vmap's rule of the function.
-        save_for_backward, backward: as `torch.library.register_autograd` takes them.
-        refusal: the message for forward-mode differentiation, which there is none of.
-    """
+    """Make a function of an operator that torch.func can transform."""
 
     class Transformable(torch.autograd.Function):
         @staticmethod
@@ -117,11 +147,9 @@ def transformable(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise RuntimeError(refusal)
+            raise RuntimeError(
+                f"{name} has no forward-mode differentiation; use backend='reference' for jvp and jacfwd"
+            )
 
     apply: Callable[..., Any] = Transformable.apply
     return apply
-
-
-def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save nothing, for a backward that refuses."""
