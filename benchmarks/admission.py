@@ -21,7 +21,7 @@ from smca_kernels.testing.budget import Comparison, poisoned_memory
 from smca_kernels.testing.cases import CaseInputs
 from smca_kernels.testing.check import Expectation
 
-from .cases import BenchmarkCase, grad_mode, make_call, seconds_of, without_gradients
+from .cases import BenchmarkCase, grad_mode, make_call, seconds_of
 from .records import Parity, Report, explain
 from .workloads import BOTH, FORWARD
 
@@ -70,7 +70,7 @@ class ParityCheck:
         # The poison's deterministic mode would have compiled code compiled again.
         with nullcontext() if peer.compiled else poisoned_memory(), grad_mode(step):
             if step == FORWARD:
-                results = {"output": peer.attend(without_gradients(self.inputs))}
+                results = {"output": peer.attend(self.inputs.detached())}
             else:
                 output = peer.attend(self.inputs)
                 tensors = self.inputs.differentiable()

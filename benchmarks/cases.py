@@ -6,7 +6,6 @@ same step. Measured memory is compared with the sizes of inputs and outputs, whi
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,16 +61,10 @@ class BenchmarkCase:
         return Skipped(self.workload.name, self.dtype, peer, step, reason)
 
 
-def without_gradients(inputs: CaseInputs) -> CaseInputs:
-    """Detached inputs of the same values."""
-    tensors: dict[str, Any] = {name: tensor.detach() for name, tensor in inputs.differentiable().items()}
-    return dataclasses.replace(inputs, **tensors)
-
-
 def make_call(peer: Peer, step: str, inputs: CaseInputs) -> Callable[[], Any]:
     """Prepare a call of a peer's forward, or of its forward and backward, on these inputs."""
     if step == FORWARD:
-        return partial(peer.attend, without_gradients(inputs))
+        return partial(peer.attend, inputs.detached())
     leaves = list(inputs.differentiable().values())
 
     def both() -> tuple[Tensor, ...]:

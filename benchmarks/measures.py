@@ -42,7 +42,6 @@ from .cases import (
     output_bytes,
     per_scale_bytes,
     seconds_of,
-    without_gradients,
 )
 from .records import Row, Skipped, explain
 from .workloads import BOTH, CROWDED, FORWARD
@@ -99,7 +98,7 @@ def measure_time(
         if step == FORWARD:
             for peer in peers:
                 if peer.prepare is not None:
-                    plain = [partial(peer.prepare, without_gradients(inputs)) for inputs in sets]
+                    plain = [partial(peer.prepare, inputs.detached()) for inputs in sets]
                     calls[f"preparation of {peer.name}"] = plain
         yield from _times("time", case, step, calls, effort)
         if case.device.type == "cuda" and case.workload.elements <= REPLAYED_ELEMENTS:
