@@ -17,7 +17,6 @@ from .result_pictures import FILES, format_classes, write_results
 
 if TYPE_CHECKING:
     import torch
-    from pycocotools.coco import COCO
     from torch import nn
 
     from .data.coco import CocoDetection
@@ -40,7 +39,7 @@ def evaluate(
     """COCO's twelve numbers of a detector on a dataset, and its speed, in one process.
 
     Args:
-        model: on the device; it is put in evaluation mode for the while.
+        model: on the device; it is put in evaluation mode meanwhile.
         dataset: its labels must be the model's.
         batch_size, workers: images at once, and processes that load them.
         device: where the model is.
@@ -56,8 +55,7 @@ def evaluate(
     detections, speed = detect_all(
         model, dataset, batch_size=batch_size, device=device, workers=workers, progress=progress
     )
-    numbers, _ = average_precision(dataset.coco, detections)
-    return numbers | {"images_per_second": speed}
+    return measure(dataset.coco, detections).numbers | {"images_per_second": speed}
 
 
 def detect_all(
@@ -116,17 +114,6 @@ def detect_all(
         model.train(was_training)
     counted = timings[1:] or timings or [(0, 1.0)]
     return detections, sum(images for images, _ in counted) / sum(seconds for _, seconds in counted)
-
-
-def average_precision(coco: COCO, detections: list[Detection]) -> tuple[dict[str, float], str]:
-    """COCO's twelve numbers by name, and pycocotools' table of them; `measure` gives more.
-
-    Args:
-        coco: the ground truth.
-        detections: in COCO's results format.
-    """
-    results = measure(coco, detections)
-    return results.numbers, results.table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

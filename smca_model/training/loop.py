@@ -217,7 +217,8 @@ def _evaluate_if_due(
         Whether the run ends early, in all processes alike.
     """
     from .. import weights
-    from ..evaluate import average_precision, detect_all
+    from ..coco_results import measure
+    from ..evaluate import detect_all
 
     settings, model = trainer.settings, trainer.trained_model
     epoch = trainer.step // trainer.steps_per_epoch
@@ -239,7 +240,7 @@ def _evaluate_if_due(
         )
         detections = distributed.joined(detections)
         if metrics is not None and best is not None:
-            numbers, _ = average_precision(val_set.coco, detections)
+            numbers = measure(val_set.coco, detections).numbers
             best.update(model, val_set.classes, {"step": trainer.step, "epoch": epoch, "AP": numbers["AP"]})
             waited = best.waited
             metrics.write("val", {"step": trainer.step, **_times(trainer), "epoch": epoch, **numbers})

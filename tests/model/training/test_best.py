@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +44,9 @@ def give_ap(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def give(*numbers: float) -> None:
         coming = iter(numbers)
         monkeypatch.setattr("smca_model.evaluate.detect_all", lambda *_, **__: ([], 0.0))
-        monkeypatch.setattr("smca_model.evaluate.average_precision", lambda *_: ({"AP": next(coming), "AP50": 0.0}, ""))
+        monkeypatch.setattr(
+            "smca_model.coco_results.measure", lambda *_: SimpleNamespace(numbers={"AP": next(coming), "AP50": 0.0})
+        )
 
     return give
 
