@@ -7,11 +7,11 @@ distinct tensors that autograd holds on to, parameters and inputs among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+
+from smca_kernels.profiling import measure
 
 from .decoder import DecoderLayer
 
@@ -62,7 +62,7 @@ def saved_bytes(backend: str, device: str, dropout: float) -> tuple[int, int]:
                 backend=backend,
             )[0]
 
-        return _saved(co_attention), _saved(whole_layer)
+        return measure.saved_bytes(co_attention), measure.saved_bytes(whole_layer)
 
 
 def main() -> None:
@@ -76,21 +76,6 @@ def main() -> None:
         for dropout in (0.0, 0.1):
             co_attention, layer = saved_bytes(backend, device, dropout)
             print(f"{name:16} {dropout:7} {co_attention / MIB:13.1f} {layer / MIB:12.1f}")
-
-
-def _saved(call: Callable[[], Tensor]) -> int:
-    storages = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # kept, or another storage could get the same address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = call()
-    held = sum(storage.nbytes() for storage in storages.values())
-    del output
-    return held
 
 
 if __name__ == "__main__":

@@ -107,11 +107,9 @@ def saved_bytes(call: Callable[[], Tensor]) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
+        storages[storage._cdata] = storage  # kept, or a later storage could have the same address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = call()
-    held = sum(storage.nbytes() for storage in storages.values())
-    del output  # until here: a freed storage's address could come back as another's
-    return held
+        call()
+    return sum(storage.nbytes() for storage in storages.values())
