@@ -1,8 +1,9 @@
 """SMCA, the detector: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021.
 
-In the paper's order: backbone.py, position_encoding.py, encoder.py, decoder.py, detector.py; config.py says what is
-built, presets.py names every model of the paper, weights.py loads and saves, hub.py shares. It is trained by data/ and
-training/; train.py, evaluate.py, detect.py and export.py are commands. The names below are imported when first used.
+In the paper's order: backbone.py, position_encoding.py, encoder.py, decoder.py, detector.py. config.py has all that a
+detector is built from, and presets.py every model of the paper. weights.py loads and saves, detr_weights.py reads
+checkpoints of DETR and of the authors, hub.py shares. It is trained by data/ and training/; train.py, evaluate.py,
+detect.py and export.py are commands. The names below are imported when first used.
 """
 
 from importlib import import_module
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Config
     from .detector import SMCA, postprocess
+    from .detr_weights import load_official
     from .presets import PRESETS, build
     from .training.criterion import build_criterion
-    from .weights import load_official
 
 _MODULES = {
     "PRESETS": "presets",
@@ -21,7 +22,7 @@ _MODULES = {
     "Config": "config",
     "build": "presets",
     "build_criterion": "training.criterion",
-    "load_official": "weights",
+    "load_official": "detr_weights",
     "postprocess": "detector",
 }
 
