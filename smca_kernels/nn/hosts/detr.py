@@ -72,13 +72,13 @@ class SmcaDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Queries [N, B, E] and reference logits [B, N, 2]."""
         features = queries + query_pos
-        before = self.norm1(queries) if self.normalize_before else queries
-        looked_up = before + query_pos
-        queries = queries + self.dropout1(self.self_attn(looked_up, looked_up, value=before)[0])
+        inputs = self.norm1(queries) if self.normalize_before else queries
+        with_pos = inputs + query_pos
+        queries = queries + self.dropout1(self.self_attn(with_pos, with_pos, value=inputs)[0])
         queries = queries if self.normalize_before else self.norm1(queries)
-        asking = (self.norm2(queries) if self.normalize_before else queries) + query_pos
+        inputs = self.norm2(queries) if self.normalize_before else queries
         attended, prior = self.multihead_attn(
-            asking,
+            inputs + query_pos,
             memory + positions,
             memory,
             (spatial_shape,),
@@ -89,8 +89,8 @@ class SmcaDecoderLayer(nn.Module):
         )
         queries = queries + self.dropout2(attended)
         queries = queries if self.normalize_before else self.norm2(queries)
-        before = self.norm3(queries) if self.normalize_before else queries
-        queries = queries + self.dropout3(self.linear2(self.dropout(self.activation(self.linear1(before)))))
+        inputs = self.norm3(queries) if self.normalize_before else queries
+        queries = queries + self.dropout3(self.linear2(self.dropout(self.activation(self.linear1(inputs)))))
         return queries if self.normalize_before else self.norm3(queries), prior.reference_logits
 
 

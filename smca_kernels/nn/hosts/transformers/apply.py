@@ -35,8 +35,8 @@ class Classes:
     predicts_center: bool  # the first layer's prior does, else the host
 
 
-class PriorsBeginAsTheyShould:
-    """The part of a decoder that initialises what a checkpoint lacks: the host's way is not the prior's."""
+class PriorInitMixin:
+    """Initialisation of the priors that a checkpoint lacks, in place of the host's, which is not theirs."""
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (XavierLinear, UnitLinear)):

@@ -23,7 +23,7 @@ from transformers.models.conditional_detr.modeling_conditional_detr import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from smca_kernels.nn.hosts.transformers.apply import Classes, PriorsBeginAsTheyShould, applied, modulate, options_of
+from smca_kernels.nn.hosts.transformers.apply import Classes, PriorInitMixin, applied, modulate, options_of
 from smca_kernels.nn.hosts.transformers.forward import Grid, attend, encode, model_outputs
 
 
@@ -101,7 +101,7 @@ class SmcaConditionalDetrDecoderLayer(ConditionalDetrDecoderLayer):
         return self.final_layer_norm(hidden_states + self.mlp(hidden_states))
 
 
-class SmcaConditionalDetrDecoder(PriorsBeginAsTheyShould, ConditionalDetrDecoder):
+class SmcaConditionalDetrDecoder(PriorInitMixin, ConditionalDetrDecoder):
     """The host's decoder, which hands its reference points to the priors of all layers."""
 
     @merge_with_config_defaults

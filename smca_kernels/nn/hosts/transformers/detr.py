@@ -25,7 +25,7 @@ from transformers.models.detr.modeling_detr import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from smca_kernels.nn.hosts.transformers.apply import Classes, PriorsBeginAsTheyShould, applied, modulate, options_of
+from smca_kernels.nn.hosts.transformers.apply import Classes, PriorInitMixin, applied, modulate, options_of
 from smca_kernels.nn.hosts.transformers.forward import Grid, attend, encode, model_outputs
 from smca_kernels.nn.projected import boxes_around
 
@@ -105,7 +105,7 @@ class SmcaDetrDecoderOutput(DetrDecoderOutput):
     reference_logits: Tensor | None = None
 
 
-class SmcaDetrDecoder(PriorsBeginAsTheyShould, DetrDecoder):
+class SmcaDetrDecoder(PriorInitMixin, DetrDecoder):
     """The host's decoder, which hands the reference logits from the first layer to the later ones."""
 
     @merge_with_config_defaults
