@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -162,8 +163,6 @@ def draw_priors(axes: Any, photograph: Any, query: QueryAttention, scale: int, p
 
 def _format_sigma(sigma: Sequence[float]) -> str:
     """The standard deviations of a prior along x and y, in words."""
-    import math
-
     if not all(map(math.isfinite, sigma)):
         return "no prior"
     return f"σ {sigma[0]:.0f} × {sigma[1]:.0f} px"
@@ -187,8 +186,6 @@ def _draw_attention(axes: Any, photograph: Any, attention: Tensor, largest: floa
 
 def _draw_prior(axes: Any, center: list[float], sigma: list[float]) -> None:
     """The prior's contours at one and two standard deviations, all in pixels; nothing where it is infinitely wide."""
-    import math
-
     from matplotlib.patches import Ellipse
 
     if not all(map(math.isfinite, sigma)):

@@ -53,8 +53,8 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has one slash 
 def detect(model: SMCA | OnnxDetector, images: Sequence[Tensor], *, threshold: float = 0.5) -> list[dict[str, Tensor]]:
     """Objects in images of any sizes.
 
-    Those that are of one size for the model are a batch. So none is padded, and what is found in an image depends on no
-    other.
+    Images that the model takes at one size are a batch. So none is padded, and what is found in an image depends on no
+    other image.
 
     Args:
         model: in evaluation mode, or one that `smca export` wrote; images are moved to its device, and resized as its

@@ -76,10 +76,8 @@ def min_side(model: SMCA) -> int:
 def dynamic_axes(least: int) -> dict[int, Any]:
     """`dynamic_shapes` of images [B, 3, H, W] for torch's exporters; `least` is the shortest side."""
     dim = torch.export.Dim
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (
-        2,
-        11,
-    ):  # these can't prove that no size in a range is an exception
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < (2, 11):  # which can't prove that no size in a range is an exception
         return dict.fromkeys((0, 2, 3), dim.AUTO)
     return {0: dim("batch", min=1), 2: dim("height", min=least), 3: dim("width", min=least)}
 

@@ -128,8 +128,7 @@ def push_to_hub(
 
     Raises:
         ValueError: before anything is sent, for another number of classes than the model has and where huggingface_hub
-            is missing; afterwards, for what the hub refuses, and
-            where it can't be reached.
+            is missing; afterwards, for what the hub refuses, and where it can't be reached.
     """
     check_packages(("huggingface_hub",), "hub")
     from huggingface_hub import HfApi

@@ -1,6 +1,6 @@
 """Checks that commands share, made before any work: files to write, packages to import, the device to run on.
 
-And what of another library's error their messages tell, and what errors of memory are.
+Also which errors mean that memory is lacking, and the line of another library's error that messages quote.
 """
 
 from __future__ import annotations

@@ -27,10 +27,7 @@ COMMANDS = {
     "data": ("smca_model.data.command", "make a small data set of real digits, or check your own"),
     "parity": ("smca_kernels.tools.parity.command", "check every backend here against PyTorch in float64"),
     "cost": ("smca_kernels.tools.cost.command", "compile the kernels without a GPU and count their instructions"),
-    "bench": (
-        "smca_benchmarks.bench_attention",
-        "time and memory of every backend here and of its rivals",
-    ),
+    "bench": ("smca_benchmarks.bench_attention", "time and memory of every backend here and of its rivals"),
     "predict": ("smca_benchmarks.predict", "times of the kernels on cards that aren't here, predicted"),
     "bench-model": ("smca_benchmarks.bench_model", "detectors with naive and fused co-attention: time, memory, batch"),
     "profile": ("smca_benchmarks.profile", "what each scale of the co-attention costs, call by call"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import statistics
 import time
@@ -340,8 +341,6 @@ def draw_prior(
     path: Path,
 ) -> None:
     """The prior of one query over the first photograph: a panel a scale, an ellipse a head, 1200 pixels wide."""
-    import io
-
     import matplotlib
     from PIL import Image
 

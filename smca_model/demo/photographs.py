@@ -7,6 +7,7 @@ smca_kernels/tools/demo.py shows the layer on what comes out.
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,8 +55,6 @@ def load_photographs(names: Sequence[str], short_side: int) -> list[Tensor]:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    import socket
-
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

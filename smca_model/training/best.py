@@ -13,7 +13,7 @@ BEST_FILE = "best.safetensors"
 
 
 class Best:
-    """The best weights of a run, in a file that says itself how good they are: what it holds is what counts.
+    """The best weights of a run, in a file that also records how good they are: nothing else is asked for that.
 
     Args:
         folder: of the run.

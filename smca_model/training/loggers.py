@@ -1,7 +1,7 @@
 """Where a run's numbers go beside its own metrics.jsonl: TensorBoard, Weights & Biases, MLflow, or what you pass.
 
-Projects, servers and keys are those services' own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI and so on). What they
-wait for a service that is gone has shorter defaults here (`WAITS`).
+Projects, servers and keys are those services' own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI and so on). How long
+they wait for a service that doesn't answer has shorter defaults here (`WAITS`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ IDS = "loggers.json"  # in the folder of a run: the name that a service gave it,
 PAUSE = 10  # how many times as long as an attempt that failed took, until the next
 SLOW = 0.1  # seconds; an attempt that failed sooner costs a run nothing, and the next line is one again
 
-# What the packages do of themselves: W&B waits without end for its uploads at the end of a run, MLflow tries a request
-# for 4 minutes.
+# Without these, W&B waits without end for its uploads at the end of a run, and MLflow tries a request for 4 minutes.
 WAITS = {
     "WANDB_FINISH_TIMEOUT": "60",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

@@ -51,10 +51,6 @@ class Schedule:
         """Attention elements per cycle and SM while the loop runs."""
         return self.elements_per_trip * self.blocks / self.cycles_per_trip
 
-    def program_cycles(self, trips: Sequence[int]) -> float:
-        """Cycles of one program, beside as many others as fit the SM, for the trips of each of its scales."""
-        return self.start_cycles + sum(self.scale_cycles + count * self.cycles_per_trip for count in trips)
-
     def row(self) -> dict[str, Any]:
         """Cells of the report."""
         return {
