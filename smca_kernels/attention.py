@@ -206,7 +206,7 @@ def _autocast_dtype(query: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts to on query's device, or None outside of autocast regions."""
     if not isinstance(query, Tensor):
         return None
-    # `device.type` makes a new string each time, which a small call would feel.
+    # `device.type` makes a new string each time, which is slow beside a small call.
     device_type = "cpu" if query.is_cpu else "cuda" if query.is_cuda else query.device.type
     return torch.get_autocast_dtype(device_type) if autocast_on(device_type) else None
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether a path has nothing yet, or a regular file that this process's own output doesn't go to.
+    """Whether a rename may put a file there: the path is free, or has a regular file that is not this process's output.
 
-    A rename would put a file in the place of a pipe, a device or `/dev/stdout`, which nothing would reach any more.
+    In place of a pipe, a device or `/dev/stdout`, the new file would cut off whoever reads from them.
     """
     try:
         there = path.stat()
@@ -30,10 +30,10 @@ def _own_output() -> Iterator[os.stat_result]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file in the same folder that takes the path's place when all went well, else vanishes.
+    """A temporary file in the same folder that takes the path's place if all goes well, and else vanishes.
 
-    It is as the umask says, like every new file, and its name is short, so that any name that fits its folder can be
-    written.
+    Its permissions are those of every new file, by the umask. Its name is no longer than the path's, or 8 characters,
+    so that every name that the folder can hold can be written.
 
     Args:
         path: where the file is to be; its folder must exist.

@@ -247,7 +247,8 @@ def check_valid_shapes(
 ) -> Tensor:
     """Check the valid part of each grid and return it as an int64 tensor [B, S, 2] on the device.
 
-    The range is checked where that costs no synchronisation, and there are values, no fakes or those of a transform.
+    The range is checked where values can be read without a synchronisation: in plain tensors on the CPU, outside of
+    compilers and transforms of torch.func.
 
     Raises:
         TypeError, ValueError: for another type, dtype, device or shape, and for values outside of the grids.

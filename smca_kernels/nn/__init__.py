@@ -6,7 +6,7 @@
     projected.py       ProjectedCoAttention: the same between the projections of a host, and boxes around the centre
     hosts/             detectors of others with SMCA inside, by one call
     official.py        the parameters of the authors' released decoder layer, under our names
-    linear.py          linear layers that begin as both need them, and the dtype that one computes in
+    linear.py          linear layers with the initial values that both need, and the dtype that a module computes in
     checks.py          checks of the arguments of both modules
 
 Source: Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021.

@@ -1,7 +1,7 @@
-"""Linear layers that begin as the co-attention needs them, in whatever order a model's modules are reset.
+"""Linear layers with the initial values that the co-attention needs, and the dtype that a module computes in.
 
-FSDP and recipes for models on the meta device call `reset_parameters` of every module in turn: what a parent set before
-its child's turn is lost. So each layer knows how itself begins.
+FSDP and recipes for models on the meta device call `reset_parameters` of every module in turn, so that what a parent
+had set in its child is lost. Hence each layer sets its own initial values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from smca_kernels.inputs import FLOATING_DTYPES
 
 
 class XavierLinear(nn.Linear):
-    """Linear layer whose weight begins as Xavier's, and its bias as that of every nn.Linear."""
+    """Linear layer with Xavier's initial weight, and nn.Linear's initial bias."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
