@@ -226,7 +226,7 @@ def nearest_cell(c, side):
 
 @triton.jit
 def fp16_terms(x):
-    """x less little as a sum of two float16 numbers, both still in fp32."""
+    """Two float16 numbers, still in fp32, whose sum is x but for little."""
     first = x.to(tl.float16).to(tl.float32)
     return first, (x - first).to(tl.float16).to(tl.float32)
 

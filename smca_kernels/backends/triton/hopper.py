@@ -8,14 +8,14 @@ comes with two ptxas: up to 3.8 it takes the older one for Hopper, from 3.9 on t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from smca_kernels.backends.devices import is_nvidia
 
 HOPPER = 90
 MIN_PTXAS = (13, 3)
@@ -52,7 +52,7 @@ def version_of(tool: Any) -> tuple[int, ...]:
 @cache
 def is_hopper(device: torch.device) -> bool:
     """Whether a device is a Hopper GPU; tensors without storage may be on one where there is none."""
-    is_there = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    is_there = is_nvidia(device) and torch.cuda.is_available()
     return is_there and torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -82,10 +82,12 @@ def stride_unit(tensors: Sequence[Tensor]) -> int:
 
 
 def outer_strides(tensor: Tensor, unit: int) -> list[int]:
+    """Strides of all axes but the last, in units of so many elements."""
     return [stride // unit for stride in tensor.stride()[:-1]]
 
 
 def last_axis_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor as the kernels read it: copied unless its last axis is contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -97,6 +99,7 @@ def empty_rows_like(tensor: Tensor) -> Tensor:
 
 
 def packed_grids(spatial_shapes: SpatialShapes) -> list[int]:
+    """The kernels' arguments g0 to g7: height << 32 | width of each scale, filled up with grids of one cell."""
     grids = [height << 32 | width for height, width in spatial_shapes]
     return grids + [1 << 32 | 1] * (MAX_SCALES - len(grids))
 
@@ -108,10 +111,12 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def dropout_threshold(dropout_p: float) -> int:
+    """What `channels.keeps` compares its 32 bits with, an int32."""
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
 
 
 def dropout_scale(dropout_p: float) -> float:
+    """What makes up for the dropped elements: 1 / (1 - dropout_p); 0 where all are dropped."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
@@ -168,10 +173,11 @@ def prior_heads(inputs: AttentionInputs) -> tuple[int, int, int]:
     return inputs.center.shape[1], inputs.precision.shape[1], 1 if weights is None else weights.shape[1]
 
 
-def plan(inputs: AttentionInputs) -> Tensor:
-    """The order of the queries and the windows of their blocks, int32 [B, H, plan_size]: windows.py.
+def make_plan(inputs: AttentionInputs) -> Tensor:
+    """Compute the order of the queries and the windows of their blocks, int32 [B, H, plan_size]: windows.py.
 
-    The inputs are laid out.
+    Args:
+        inputs: as `laid_out` returns them.
     """
     query, key, center, precision, grids = (
         inputs.query, inputs.key, inputs.center, inputs.precision, inputs.spatial_shapes,
@@ -179,7 +185,7 @@ def plan(inputs: AttentionInputs) -> Tensor:
     (batch, heads, queries, head_dim), scales = query.shape, len(grids)
     patches = sum(-(-height // PATCH_H.value) * -(-width // PATCH_W.value) for height, width in grids)
     norms = query.new_empty(batch, heads, patches, dtype=torch.float32)
-    planned = query.new_empty(batch, heads, plan_size(queries, scales), dtype=torch.int32)
+    plan = query.new_empty(batch, heads, plan_size(queries, scales), dtype=torch.int32)
     sizes = inputs.keys_per_scale()
     log_tolerance = -math.log(inputs.mass_tolerance)
     unit = stride_unit((query, key))
@@ -189,33 +195,33 @@ def plan(inputs: AttentionInputs) -> Tensor:
         chosen, compile_time = launch_arguments("survey", query.device, query.dtype, head_dim, unit)
         blocks = -(-queries // chosen.block_n)
         launcher(survey_kernel)[(batch * heads * (patches + blocks),)](
-            key, center, precision, *masks, norms, planned, *strides,
-            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, planned.shape[2],
+            key, center, precision, *masks, norms, plan, *strides,
+            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, plan.shape[2],
             sizes.index(max(sizes)), log_tolerance,
             *packed_grids(grids),
             **compile_time,
         )  # fmt: skip
         chosen, compile_time = launch_arguments("window", query.device, query.dtype, head_dim, unit)
         launcher(window_kernel)[(batch * heads * blocks * scales,)](
-            query, key, center, precision, *masks, norms, planned, *outer_strides(query, unit), *strides,
-            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, planned.shape[2],
+            query, key, center, precision, *masks, norms, plan, *outer_strides(query, unit), *strides,
+            heads, center.shape[1], precision.shape[1], queries, key.shape[2], scales, patches, plan.shape[2],
             inputs.scale, log_tolerance,
             *packed_grids(grids),
             **compile_time,
         )  # fmt: skip
-    return planned
+    return plan
 
 
 def read_plan(inputs: AttentionInputs) -> locality.Plan | None:
     """What the kernels compute of these inputs, or None where they compute all."""
     if not is_planned(inputs):
         return None
-    planned = plan(laid_out(inputs.detached()))
+    plan = make_plan(laid_out(inputs.detached()))
     batch, heads, queries, head_dim = inputs.query.shape
     block = launch_arguments("forward", inputs.query.device, inputs.query.dtype, head_dim, 1)[0].block_n
     blocks, scales = -(-queries // block), len(inputs.spatial_shapes)
-    windows = planned[..., queries : queries + blocks * scales * 4].view(batch, heads, blocks, scales, 4)
-    return locality.Plan(planned[..., :queries].long(), windows.long(), block)
+    windows = plan[..., queries : queries + blocks * scales * 4].view(batch, heads, blocks, scales, 4)
+    return locality.Plan(plan[..., :queries].long(), windows.long(), block)
 
 
 def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -227,7 +233,7 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
     query, key, value = inputs.query, inputs.key, inputs.value
     (batch, heads, queries, head_dim), spatial_shapes, dtype = query.shape, inputs.spatial_shapes, query.dtype
     scales = len(spatial_shapes)
-    planned = plan(inputs) if is_planned(inputs) else None
+    plan = make_plan(inputs) if is_planned(inputs) else None
     out = empty_rows_like(query)
     scale_outputs = query.new_empty(batch, heads, queries, scales, head_dim, dtype=torch.float32)
     lse = query.new_empty(batch, heads, queries, scales, dtype=torch.float32)
@@ -245,7 +251,7 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
     with device_of(query):
         launcher(forward_kernel)[(programs, splits)](
             query, key, value, inputs.center, inputs.precision, inputs.scale_weights,
-            inputs.valid_shapes, inputs.key_padding_mask, seed, planned,
+            inputs.valid_shapes, inputs.key_padding_mask, seed, plan,
             position_table(query.device),
             out, scale_outputs, lse, partial_outputs, partial_lse,
             *outer_strides(query, unit), *outer_strides(key, unit), *outer_strides(value, unit),
@@ -258,14 +264,14 @@ def forward(inputs: AttentionInputs, seed: Tensor | None) -> tuple[Tensor, Tenso
         )  # fmt: skip
         if splits > 1:
             launcher(merge_outputs_kernel)[(batch * heads * -(-queries // MERGED_ROWS),)](
-                partial_outputs, partial_lse, inputs.scale_weights, inputs.valid_shapes, planned,
+                partial_outputs, partial_lse, inputs.scale_weights, inputs.valid_shapes, plan,
                 out, scale_outputs, lse, *outer_strides(out, unit),
                 heads, prior_heads(inputs)[2], queries, scales, plan_size(queries, scales), splits, *grids,
                 BLOCK_N=chosen.block_n, KEYS=chosen.keys, **merge_arguments(head_dim, unit),
             )  # fmt: skip
-    if planned is None:
-        planned = query.new_zeros(plan_shape(inputs), dtype=torch.int32)
-    return out, scale_outputs, lse, planned
+    if plan is None:
+        plan = query.new_zeros(plan_shape(inputs), dtype=torch.int32)
+    return out, scale_outputs, lse, plan
 
 
 def plan_shape(inputs: AttentionInputs) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
-"""Launches of a kernel that leave out Triton's look at its arguments where it has compiled for such before.
+"""Launches of a kernel that skip Triton's inspection of its arguments where it has compiled for such before.
 
-Before each launch Triton's binder looks at every argument, and at every constant of the source: that takes longer than
+Before each launch Triton's binder inspects every argument, and every constant of the source, which takes longer than
 many a small kernel. What it compiles depends on little: which tensors there are, their dtypes and whether they are
 aligned to 16 bytes, whether an integer needs 64 bits, and the compile-time arguments. The kernels specialise on no
 number (do_not_specialize).

@@ -52,6 +52,7 @@ def splits_of_run(all_tiles, splits, before, tiles):
 def tiles_of_scale(
     plan, queries, block, valid_shapes, b, s, scales, g0, g1, g2, g3, g4, g5, g6, g7, KEYS: tl.constexpr
 ):  # fmt: skip
+    """Tiles of KEYS keys that cover a block's window of one scale."""
     height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
     height, width = valid_part(valid_shapes, b, s, scales, height, width)
     x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, height, width)
@@ -144,6 +145,7 @@ def merge_query_gradients_kernel(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of query, center and precision, the last two from sums of dS corrected by those of P."""
     parts_per_head = tl.cdiv(queries, ROWS)
     batch_head = (tl.program_id(0) // parts_per_head).to(tl.int64)
     b = batch_head // heads
@@ -221,6 +223,7 @@ def merge_key_gradients_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of key and value."""
     parts_per_head = tl.cdiv(keys, ROWS)
     batch_head = (tl.program_id(0) // parts_per_head).to(tl.int64)
     b = batch_head // heads
