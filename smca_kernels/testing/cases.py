@@ -230,6 +230,8 @@ CASES: tuple[Case, ...] = (
     Case("overlapping", ((5, 9),), heads=2, queries=9, layout="overlapping", quick=True),
     Case("narrow prior", ((9, 17),), queries=33, prior="narrow", quick=True),
     Case("terms that nearly cancel", ((3, 167),), queries=33, quick=True),  # up to 7000, in the logits of σ = 1
+    # What is left over where a CPU multiplies 512 keys at a time, and the fewest keys, on the widened path of "sdpa".
+    Case("few keys left over", ((19, 27), (3, 3)), heads=2, queries=33, prior="narrow", quick=True),
     Case("wide prior", ((9, 17),), queries=33, prior="wide", quick=True),
     Case("far centers", ((9, 17),), queries=33, prior="far", quick=True),
     Case("narrow prior, padded batch", ((9, 17),), batch=2, prior="narrow", mask="valid_shapes"),
