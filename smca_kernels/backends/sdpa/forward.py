@@ -220,13 +220,13 @@ def widened_outputs(inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]
     # Fused kernels want keys and values of equal width: the values' surplus columns are whatever stands before them.
     width, value_width = q.shape[-1], v.shape[-1]
     features_keys_values = torch.cat([features, k, v], -1)
-    ignored_row = pad(features.new_full((1, 1, 1, 1), IGNORED_FEATURE[dtype]), (0, width + value_width - 1))
     surplus = width - value_width
     outputs, start = [], 0
     for s, keys in enumerate(inputs.keys_per_scale()):
         rows = features_keys_values.narrow(2, start, keys)
         # While tracing for all, as the sizes must not become conditions.
         if query.is_cpu and (is_traced(query) or 0 < keys % KEYS_AT_ONCE < MIN_LEFT_OVER):
+            ignored_row = pad(rows.new_full((1, 1, 1, 1), IGNORED_FEATURE[dtype]), (0, width + value_width - 1))
             rows = torch.cat([rows, ignored_row.expand(batch, heads, -keys % MIN_LEFT_OVER, -1)], 2)
         k_s, v_s = rows.narrow(3, 0, width), rows.narrow(3, value_width, width)
         output = scaled_dot_product_attention(q.select(3, s), k_s, v_s, dropout_p=inputs.dropout_p, scale=1.0)
