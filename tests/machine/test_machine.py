@@ -209,6 +209,19 @@ def test_what_the_machine_does_not_know_is_refused(instruction: str) -> None:
         Program(TEMPLATE.format(threads=32, body=instruction))
 
 
+@pytest.mark.parametrize(
+    ("threads", "body", "message"),
+    [
+        (32, "shfl.sync.bfly.b32 %r8, %r1, 1, 31, 0xffff;", "members that are a part of a warp: shfl.sync"),
+        (32, f"mov.b32 %r8, 2; {COPY.replace(', 4;', ', 4, %r8;')} {COPY_WAIT}", "cp.async of a part of its bytes"),
+        (128, wgmma(right="0x4002000000000040"), "wgmma descriptor with a base offset"),
+    ],
+)  # fmt: skip
+def test_forms_that_the_machine_does_not_execute_are_refused(threads: int, body: str, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        run_written(threads, body)
+
+
 # --- arithmetic ---
 
 
