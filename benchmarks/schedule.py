@@ -86,7 +86,7 @@ def programs_of(cost: Cost, workload: Workload, multiprocessors: int) -> list[Tr
     unrolled = cost["elements_per_trip"] / (cost["elements_per_iteration"] or cost["elements_per_trip"])
 
     if kernel == "prepare":
-        return [(1.0,)] * (workload.batch * heads * blocks)
+        return [(1.0,)] * (workload.batch * heads * blocks * len(workload.spatial_shapes))
     size = int(constants["KEYS"])
     if kernel.startswith(PLAIN):
         keys = [sum(h * w for h, w in image) for image in workload.valid_shapes]

@@ -335,7 +335,7 @@ def backward(
     with device_of(query):
         row_unit = stride_unit((query, grad_out))
         chosen, compile_time = launch_arguments("prepare", query.device, dtype, head_dim, row_unit)
-        launcher(prepare_kernel)[(batch * heads * blocks,)](
+        launcher(prepare_kernel)[(batch * heads * blocks, scales)](
             query, inputs.center, inputs.precision, grad_out, scale_outputs, weights, inputs.valid_shapes, lse, plan,
             ordered_query, weighted_grads, coefficients, terms, direct_blocks, *whole,
             None if weights is None else grad_weights,

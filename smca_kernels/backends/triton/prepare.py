@@ -86,57 +86,58 @@ def prepare_kernel(
     rows = blocks * BLOCK_N
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
+    s = tl.program_id(1)
     b = batch_head // heads
     h = batch_head % heads
     row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if plan is not None:
         plan += batch_head * plan_size
     n, real = queries_of_block(plan, block, queries, BLOCK_N)
-    q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D, real)
-    store_rows(ordered_query + batch_head * rows * HEAD_DIM, row, HEAD_DIM, q, row < rows, HEAD_DIM, BLOCK_D)
     grad = load_rows(grad_out + (b * o_b + h * o_h) * UNIT, n, o_n * UNIT, HEAD_DIM, BLOCK_D, real).to(tl.float32)
-    for s in range(scales):
-        height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
-        valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
-        x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, valid_height, valid_width)
-        at = (batch_head * queries + n) * scales + s
-        output = load_rows(scale_outputs, at, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        factor = tl.full([BLOCK_N], 1.0, tl.float32) * dropout_scale
-        if scale_weights is not None:
-            tl.store(grad_weights + at, tl.sum(grad * output, 1), mask=real)
-            factor *= tl.load(scale_weights + ((b * weight_heads + h % weight_heads) * queries + n) * scales + s)
-        # δ' must see dO' as rounded: dP - δ' cancels where one key has all the mass.
-        weighted = rounded(grad * factor[:, None], grad_out.dtype.element_ty)
-        delta = tl.sum(weighted.to(tl.float32) * keep_p * output, 1)
-        log_sum = tl.load(lse + at, mask=real, other=0.0)
-        at = (((b * center_heads + h % center_heads) * queries + n) * scales + s) * 2
-        c_x = tl.load(center + at, mask=real, other=0.0)
-        c_y = tl.load(center + at + 1, mask=real, other=0.0)
-        at = (((b * precision_heads + h % precision_heads) * queries + n) * scales + s) * 2
-        p_x = tl.load(precision + at, mask=real, other=0.0)
-        p_y = tl.load(precision + at + 1, mask=real, other=0.0)
+    height, width = grid_of_scale(s, g0, g1, g2, g3, g4, g5, g6, g7)
+    valid_height, valid_width = valid_part(valid_shapes, b, s, scales, height, width)
+    x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, valid_height, valid_width)
+    at = (batch_head * queries + n) * scales + s
+    output = load_rows(scale_outputs, at, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    factor = tl.full([BLOCK_N], 1.0, tl.float32) * dropout_scale
+    if scale_weights is not None:
+        tl.store(grad_weights + at, tl.sum(grad * output, 1), mask=real)
+        factor *= tl.load(scale_weights + ((b * weight_heads + h % weight_heads) * queries + n) * scales + s)
+    # δ' must see dO' as rounded: dP - δ' cancels where one key has all the mass.
+    weighted = rounded(grad * factor[:, None], grad_out.dtype.element_ty)
+    delta = tl.sum(weighted.to(tl.float32) * keep_p * output, 1)
+    log_sum = tl.load(lse + at, mask=real, other=0.0)
+    at = (((b * center_heads + h % center_heads) * queries + n) * scales + s) * 2
+    c_x = tl.load(center + at, mask=real, other=0.0)
+    c_y = tl.load(center + at + 1, mask=real, other=0.0)
+    at = (((b * precision_heads + h % precision_heads) * queries + n) * scales + s) * 2
+    p_x = tl.load(precision + at, mask=real, other=0.0)
+    p_y = tl.load(precision + at + 1, mask=real, other=0.0)
 
-        of_scale = batch_head * scales + s
-        first = of_scale * rows
-        store_rows(weighted_grads + first * HEAD_DIM, row, HEAD_DIM, weighted, row < rows, HEAD_DIM, BLOCK_D)
-        of_terms = terms_of_block(terms, of_scale * blocks + block, BLOCK_N)
-        tl.store(of_terms + CENTER_X * BLOCK_N, c_x)
-        tl.store(of_terms + CENTER_Y * BLOCK_N, c_y)
-        tl.store(of_terms + PRECISION_X * BLOCK_N, p_x)
-        tl.store(of_terms + PRECISION_Y * BLOCK_N, p_y)
-        tl.store(of_terms + LOG_SUM * BLOCK_N, log_sum)
-        tl.store(of_terms + DELTA * BLOCK_N, delta)
+    of_scale = batch_head * scales + s
+    first = of_scale * rows
+    store_rows(weighted_grads + first * HEAD_DIM, row, HEAD_DIM, weighted, row < rows, HEAD_DIM, BLOCK_D)
+    of_terms = terms_of_block(terms, of_scale * blocks + block, BLOCK_N)
+    tl.store(of_terms + CENTER_X * BLOCK_N, c_x)
+    tl.store(of_terms + CENTER_Y * BLOCK_N, c_y)
+    tl.store(of_terms + PRECISION_X * BLOCK_N, p_x)
+    tl.store(of_terms + PRECISION_Y * BLOCK_N, p_y)
+    tl.store(of_terms + LOG_SUM * BLOCK_N, log_sum)
+    tl.store(of_terms + DELTA * BLOCK_N, delta)
 
+    store_coefficients(
+        coefficients + first * 16, direct_blocks + of_scale * blocks, block, c_x, c_y, p_x, p_y, log_sum,
+        x0, y0, x1, y1, valid_height, valid_width, inverse_scale, direct_limit, BLOCK_N,
+    )  # fmt: skip
+    if plan is not None:
         store_coefficients(
-            coefficients + first * 16, direct_blocks + of_scale * blocks, block, c_x, c_y, p_x, p_y, log_sum,
-            x0, y0, x1, y1, valid_height, valid_width, inverse_scale, direct_limit, BLOCK_N,
+            whole_coefficients + first * 16, whole_direct_blocks + of_scale * blocks, block,
+            c_x, c_y, p_x, p_y, log_sum,
+            0, 0, valid_width, valid_height, valid_height, valid_width, inverse_scale, direct_limit, BLOCK_N,
         )  # fmt: skip
-        if plan is not None:
-            store_coefficients(
-                whole_coefficients + first * 16, whole_direct_blocks + of_scale * blocks, block,
-                c_x, c_y, p_x, p_y, log_sum,
-                0, 0, valid_width, valid_height, valid_height, valid_width, inverse_scale, direct_limit, BLOCK_N,
-            )  # fmt: skip
+    if s == 0:
+        q = load_rows(query + (b * q_b + h * q_h) * UNIT, n, q_n * UNIT, HEAD_DIM, BLOCK_D, real)
+        store_rows(ordered_query + batch_head * rows * HEAD_DIM, row, HEAD_DIM, q, row < rows, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

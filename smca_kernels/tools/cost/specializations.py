@@ -51,7 +51,7 @@ ARGUMENT_TYPES: dict[str, str] = {
 # Optional arguments that a launch without mask, dropout and split work leaves out.
 SPLIT = ("partial_outputs", "partial_lse", "partial_queries", "partial_sums", "partial_keys", "partial_values")
 ABSENT = ("key_padding_mask", "seed", *SPLIT)
-FULL_WORKLOAD_KEYS = 50 * 84 + 25 * 42 + 13 * 21
+FULL_WORKLOAD = ((50, 84), (25, 42), (13, 21))  # grids of the benchmarks' workload of that name
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Specialization:
     num_stages: int
     elements_per_iteration: int  # queries × keys of one tile; 0 without a loop over tiles
     tensor_flops_per_element: int
-    elements_per_program: int = 0  # without such a loop: its queries × the keys of the `full` workload; 0: of a plan
+    elements_per_program: int = 0  # without such a loop: queries × a scale's keys in `full`, on average; 0: of a plan
     rare_loops: int = 0  # loops that only unusual inputs take: the direct path
     max_registers: int | None = None  # of a thread
     fuses: bool = True  # whether products and sums are contracted
@@ -95,6 +95,7 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
     if torch_dtype == torch.float32:
         # Three products of TF32 make one, or six of bfloat16 at twice the rate; none is of the prior.
         flops = {"forward": 12 * head_dim, "query_major": 18 * head_dim, "key_major": 24 * head_dim}
+    keys_of_scale = sum(height * width for height, width in FULL_WORKLOAD) // len(FULL_WORKLOAD)
     return Specialization(
         kernel=f"planned {name}" if planned and name in (*TILED, "prepare") else name,
         pass_=pass_,
@@ -112,6 +113,6 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
         fuses=chosen.fuses,
         elements_per_iteration=chosen.tile_n * chosen.keys if name in TILED else 0,
         tensor_flops_per_element=flops.get(name, 0),
-        elements_per_program=chosen.block_n * FULL_WORKLOAD_KEYS if name == "prepare" else 0,
+        elements_per_program=chosen.block_n * keys_of_scale if name == "prepare" else 0,
         rare_loops=int(name in TILED and torch_dtype != torch.float32),
     )
