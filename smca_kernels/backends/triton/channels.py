@@ -101,6 +101,16 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 
 
 @triton.jit
+def wide_product(a, b):
+    """a · b in int64, of int32: one instruction, also in a loop, where the compiler would widen b once and multiply
+    64 bits.
+    """
+    if INTERPRETED:
+        return a.to(tl.int64) * b
+    return tl.inline_asm_elementwise("mul.wide.s32 $0, $1, $2;", "=l,r,r", [a, b], dtype=tl.int64, is_pure=True, pack=1)
+
+
+@triton.jit
 def store_rows(base, rows, stride, values, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     at = base + rows[:, None].to(tl.int64) * stride + d[None, :]
@@ -191,27 +201,31 @@ def run_of_split(all_tiles, split, splits, before, tiles):
 
 
 @triton.jit
-def next_cells(x, y, x1, across, STEP: tl.constexpr):
-    """The cells that are STEP further in a window `across` cells wide, row by row."""
+def next_cells(x, y, cell, x1, across, width, STEP: tl.constexpr):
+    """The cells that are STEP further in a window `across` cells wide, row by row, and their numbers in the grid."""
     x += STEP % across
     past = x >= x1
-    return tl.where(past, x - across, x), y + STEP // across + past.to(tl.int32)
+    x = tl.where(past, x - across, x)
+    cell += STEP % across + STEP // across * width + tl.where(past, width - across, 0)
+    return x, y + STEP // across + past.to(tl.int32), cell
 
 
 @triton.jit
 def load_keys(
-    key, value, key_padding_mask, first_key, width, x, y, y1, counts, k_t, v_t,
+    key, value, key_padding_mask, cell, last_cell, counts, k_t, v_t,
     UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [KEYS, BLOCK_D] of cells x, y, their numbers, and `counts` less those that are ignored."""
-    key_index = first_key + tl.minimum(y, y1 - 1) * width + x
+    """Keys and values [KEYS, BLOCK_D] of cells, their numbers, and `counts` less those that are ignored."""
+    key_index = tl.minimum(cell, last_cell)
+    of_key = wide_product(key_index, k_t)
+    of_value = wide_product(key_index, v_t)
     if key_padding_mask is None:
-        k = load_rows(key, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D)
-        v = load_rows(value, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D)
+        k = load_rows(key, of_key, UNIT, HEAD_DIM, BLOCK_D)
+        v = load_rows(value, of_value, UNIT, HEAD_DIM, BLOCK_D)
     else:
         counts &= tl.load(key_padding_mask + key_index) == 0
-        k = load_rows(key, key_index, k_t * UNIT, HEAD_DIM, BLOCK_D, counts)
-        v = load_rows(value, key_index, v_t * UNIT, HEAD_DIM, BLOCK_D, counts)
+        k = load_rows(key, of_key, UNIT, HEAD_DIM, BLOCK_D, counts)
+        v = load_rows(value, of_value, UNIT, HEAD_DIM, BLOCK_D, counts)
     return k, v, key_index, counts
 
 

@@ -121,6 +121,7 @@ def forward_kernel(
         x0, y0, x1, y1 = window_of_block(head_plan, queries, block, s, scales, valid_height, valid_width)
         across = tl.maximum(x1 - x0, 1)
         count = (x1 - x0) * (y1 - y0)
+        last_cell = first_key + (y1 - 1) * width + x1 - 1
         first = 0
         if partial_outputs is not None:
             tiles = tl.cdiv(count, KEYS)
@@ -151,10 +152,11 @@ def forward_kernel(
                 direct = is_direct(p_x, p_y, e_x, e_y, n_x, n_y, across, y1 - y0, inverse_scale, direct_limit)
                 x = x0 + (first + tl.arange(0, KEYS)) % across
                 y = y0 + (first + tl.arange(0, KEYS)) // across
+                cell = first_key + y * width + x
                 for start in tl.range(first, tl.where(direct == 0, count, 0), KEYS, num_stages=STAGES):
                     counts = start + tl.arange(0, KEYS) < count
                     k, v, key_index, counts = load_keys(
-                        key, value, mask, first_key, width, x, y, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
+                        key, value, mask, cell, last_cell, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                     )
                     features = load_features(positions, x - origin_x, y - origin_y, counts)
                     logits = dot(coefficients, tl.trans(features), dot(q, tl.trans(k), None, PRECISION), PRECISION)
@@ -167,7 +169,7 @@ def forward_kernel(
                         p = tl.where(kept, p, 0.0)
                     acc = dot(rounded(p, v.dtype), v, acc * rescale[:, None], PRECISION)
                     m = m_new
-                    x, y = next_cells(x, y, x1, across, KEYS)
+                    x, y, cell = next_cells(x, y, cell, x1, across, width, KEYS)
                 # A row whose logits are all below where its maximum started may have no key that counts, or none near.
                 direct |= warp_any(tl.max((total == 0.0).to(tl.int32), 0))
             if direct != 0:
@@ -185,10 +187,11 @@ def forward_kernel(
                 acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
                 column = x0 + (first + tl.arange(0, DIRECT_KEYS)) % across
                 row = y0 + (first + tl.arange(0, DIRECT_KEYS)) // across
+                number = first_key + row * width + column
                 for start in tl.range(first, count, DIRECT_KEYS, num_stages=1):
                     counts = start + tl.arange(0, DIRECT_KEYS) < count
                     k, v, key_index, counts = load_keys(
-                        key, value, mask, first_key, width, column, row, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
+                        key, value, mask, number, last_cell, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                     )
                     logits = dot(q, tl.trans(k), None, PRECISION)
                     from_x = column.to(tl.float32)[None, :] - n_x[:, None]
@@ -206,7 +209,7 @@ def forward_kernel(
                         p = tl.where(kept, p, 0.0)
                     acc = dot(rounded(p, v.dtype), v, acc * rescale[:, None], PRECISION)
                     m = m_new
-                    column, row = next_cells(column, row, x1, across, DIRECT_KEYS)
+                    column, row, number = next_cells(column, row, number, x1, across, width, DIRECT_KEYS)
 
             empty = total == 0.0
             total = tl.where(empty, 1.0, total)

@@ -126,6 +126,7 @@ def query_major_kernel(
         x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, valid_height, valid_width)
         across = tl.maximum(x1 - x0, 1)
         count = (x1 - x0) * (y1 - y0)
+        last_cell = first_key + (y1 - 1) * width + x1 - 1
         first = 0
         if partial_queries is not None:
             tiles = tl.cdiv(count, KEYS)
@@ -162,10 +163,11 @@ def query_major_kernel(
                     p_moments = tl.zeros([BLOCK_N, 16], tl.float32)
                     x = x0 + (first + tl.arange(0, KEYS)) % across
                     y = y0 + (first + tl.arange(0, KEYS)) // across
+                    cell = first_key + y * width + x
                     for start in tl.range(first, count, KEYS, num_stages=STAGES):
                         counts = start + tl.arange(0, KEYS) < count
                         k, v, key_index, counts = load_keys(
-                            key, value, mask, first_key, width, x, y, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
+                            key, value, mask, cell, last_cell, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                         )
                         features = load_features(positions, x - origin_x, y - origin_y, counts)
                         of_moments = features
@@ -181,7 +183,7 @@ def query_major_kernel(
                         dq = dot(ds, k, dq, PRECISION)
                         moments = dot(ds, of_moments, moments, PRECISION)
                         p_moments = dot(rounded(p, k.dtype), of_moments, p_moments, PRECISION)
-                        x, y = next_cells(x, y, x1, across, KEYS)
+                        x, y, cell = next_cells(x, y, cell, x1, across, width, KEYS)
                     # Here and below, computed again rather than kept through the loops.
                     of_terms = terms_of_block(terms, of_scale * blocks + opaque(block), BLOCK_N)
                     c_x = tl.load(of_terms + CENTER_X * BLOCK_N)
@@ -214,10 +216,11 @@ def query_major_kernel(
                 log_sum = tl.load(of_terms + LOG_SUM * BLOCK_N)
                 column = x0 + (first + tl.arange(0, DIRECT_KEYS)) % across
                 line = y0 + (first + tl.arange(0, DIRECT_KEYS)) // across
+                number = first_key + line * width + column
                 for start in tl.range(first, count, DIRECT_KEYS, num_stages=1):
                     counts = start + tl.arange(0, DIRECT_KEYS) < count
                     k, v, key_index, counts = load_keys(
-                        key, value, mask, first_key, width, column, line, y1, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
+                        key, value, mask, number, last_cell, counts, k_t, v_t, UNIT, HEAD_DIM, BLOCK_D
                     )
                     logits = dot(q, tl.trans(k), None, PRECISION)
                     from_x = column.to(tl.float32)[None, :] - n_x[:, None]
@@ -236,7 +239,7 @@ def query_major_kernel(
                     first_y += tl.sum(ds * from_y, 1)
                     second_x += tl.sum(ds * from_x * from_x, 1)
                     second_y += tl.sum(ds * from_y * from_y, 1)
-                    column, line = next_cells(column, line, x1, across, DIRECT_KEYS)
+                    column, line, number = next_cells(column, line, number, x1, across, width, DIRECT_KEYS)
                 second_x -= 2.0 * c_x * first_x
                 second_y -= 2.0 * c_y * first_y
 

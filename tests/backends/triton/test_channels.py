@@ -95,15 +95,17 @@ def is_direct_kernel(out, prior, across, down, inverse_scale, limit, ROWS: tl.co
 
 
 @triton.jit
-def window_kernel(out, x0, y0, x1, tiles, KEYS: tl.constexpr):
+def window_kernel(out, x0, y0, x1, width, tiles, KEYS: tl.constexpr):
     across = x1 - x0
     keys = tl.arange(0, KEYS)
     x = x0 + keys % across
     y = y0 + keys // across
+    cell = y * width + x
     for tile in range(tiles):
-        tl.store(out + (tile * KEYS + keys) * 2, x)
-        tl.store(out + (tile * KEYS + keys) * 2 + 1, y)
-        x, y = channels.next_cells(x, y, x1, across, KEYS)
+        tl.store(out + (tile * KEYS + keys) * 3, x)
+        tl.store(out + (tile * KEYS + keys) * 3 + 1, y)
+        tl.store(out + (tile * KEYS + keys) * 3 + 2, cell)
+        x, y, cell = channels.next_cells(x, y, cell, x1, across, width, KEYS)
 
 
 @triton.jit
@@ -350,11 +352,12 @@ def test_the_prior_is_1_at_the_nearest_cell_of_a_centre_far_outside(device):
 
 @pytest.mark.parametrize("across", [1, 3, 31, 32, 33, 200])
 def test_a_window_is_enumerated_row_by_row(across, device):
-    x0, y0, tiles = 5, 7, 9
-    out = torch.empty(tiles * KEYS, 2, dtype=torch.int32, device=device)
-    window_kernel[(1,)](out, x0, y0, x0 + across, tiles, KEYS)
+    x0, y0, width, tiles = 5, 7, 211, 9
+    out = torch.empty(tiles * KEYS, 3, dtype=torch.int32, device=device)
+    window_kernel[(1,)](out, x0, y0, x0 + across, width, tiles, KEYS)
     i = torch.arange(tiles * KEYS)
-    assert torch.equal(out.cpu(), torch.stack([x0 + i % across, y0 + i // across], 1).int())
+    x, y = x0 + i % across, y0 + i // across
+    assert torch.equal(out.cpu(), torch.stack([x, y, y * width + x], 1).int())
 
 
 @pytest.mark.parametrize("valid", [(13, 9), (8, 9), (1, 9), (13, 1), (5, 4), (13, 5), (0, 9), (13, 0)])
