@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from smca_kernels.backends.devices import is_nvidia
+from smca_kernels.backends.triton import fences
 
 HOPPER = 90
 MIN_PTXAS = (13, 3)
@@ -72,11 +73,23 @@ def unsupported(device: torch.device) -> str | None:
 
 
 def right_compiler(device: torch.device) -> AbstractContextManager[None]:
-    """Let kernels that are first launched in this block be compiled by a ptxas that is right on the device."""
-    if not is_hopper(device):
-        return nullcontext()
+    """Let kernels that are first launched in this block be compiled by a ptxas that is right on the device, and fast.
+
+    On Hopper that is without the fences that Triton repeats (fences.py).
+    """
+    return _for_hopper() if is_hopper(device) else nullcontext()
+
+
+def compiler_for(arch: int) -> AbstractContextManager[None]:
+    """Let kernels be compiled in this block as `right_compiler` does on a GPU of an architecture, but for ptxas."""
+    return fences.taken_out() if arch == HOPPER else nullcontext()
+
+
+@contextmanager
+def _for_hopper() -> Iterator[None]:
     tool = usable_tool()
-    return nullcontext() if tool is None or tool is tools()[0] else _ptxas(tool.path)
+    with fences.taken_out(), nullcontext() if tool is None or tool is tools()[0] else _ptxas(tool.path):
+        yield
 
 
 @contextmanager

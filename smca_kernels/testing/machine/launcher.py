@@ -25,6 +25,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from smca_kernels.backends.triton import hopper
 from smca_kernels.testing.machine.arithmetic import Array
 from smca_kernels.testing.machine.codegen import Program
 from smca_kernels.testing.machine.execution import run_launch
@@ -175,7 +176,7 @@ def _compile(
         _make_room(_compiled)
         parsed, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialization, parsed)
         source = ASTSource(function, signature, constexprs, attrs)
-        with _without_assembler():
+        with _without_assembler(), hopper.compiler_for(arch):
             _compiled[key] = signature, triton.compile(source, target=target, options=parsed.__dict__)
     return bound, *_compiled[key]
 

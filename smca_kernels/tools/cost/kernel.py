@@ -104,6 +104,8 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from smca_kernels.backends.triton import hopper
+
     if not isinstance(function, triton.JITFunction):
         raise RuntimeError(f"{function!r} can't be compiled: unset TRITON_INTERPRET before triton is imported")
     complete = {name: signature.get(name, "constexpr") for name in function.arg_names}
@@ -111,7 +113,8 @@ def compile_kernel(
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuses}
     if max_registers is not None:
         options["maxnreg"] = max_registers
-    return triton.compile(source, target=GPUTarget("cuda", target_cc, 32), options=options)
+    with hopper.compiler_for(target_cc):
+        return triton.compile(source, target=GPUTarget("cuda", target_cc, 32), options=options)
 
 
 def disassemble(compiled: Any) -> str:
