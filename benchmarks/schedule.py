@@ -140,7 +140,8 @@ def makespan(programs: Sequence[Trips], cost: Cost, multiprocessors: int) -> tup
         nonlocal taken
         sharing, passed = len(running[sm]), now - since[sm]
         for each in running[sm]:
-            each[1] -= passed / max(1e-9, duration(each[0], sharing))
+            whole = duration(each[0], sharing)
+            each[1] -= passed / whole if whole > 0.0 else 1.0  # a program without cycles ends at once
         taken += sharing * passed
         since[sm] = now
 
@@ -173,7 +174,8 @@ def padding_of(cost: Cost, programs: Sequence[Trips], workload: Workload) -> flo
     """Elements that a kernel computes over those that are needed."""
     if not cost.get("elements_per_iteration"):
         rows = len(programs) * cost["constexprs"]["BLOCK_N"]
-        return float(rows / (workload.batch * workload.heads * workload.queries))
+        scales = len(workload.spatial_shapes)
+        return float(rows / (workload.batch * workload.heads * workload.queries * scales))
     computed = sum(sum(trips) for trips in programs) * cost["elements_per_trip"]
     return float(computed / workload.elements)
 

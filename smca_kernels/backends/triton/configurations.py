@@ -45,7 +45,7 @@ CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
         128: Configuration(64, 64, 16, 4, 2, None, 2),
     },
     ("query_major", False): {
-        32: Configuration(64, 64, 16, 4, 3, None, 3),
+        32: Configuration(64, 64, 16, 4, 3, 152, 3),
         64: Configuration(64, 32, 16, 4, 3, 168, 3),
         128: Configuration(64, 32, 16, 8, 2, None, 1),
     },
