@@ -85,12 +85,13 @@ summarise
 
 # Side by side, as compiling the kernels on the host takes most of the time, and nothing here is timed.
 for dtype in float32 float16 bfloat16; do
-    smca "parity-$dtype" 150 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
+    smca "parity-$dtype" 240 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
 done
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
-    options=(-q -p no:cacheprovider --junitxml="$OUT/tests.xml")
+    # Names each test as it ends, for a run that is cut off.
+    options=(-v -p no:cacheprovider --junitxml="$OUT/tests.xml")
     "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n $(($(nproc) / 2)))
-    step tests 150 "$PYTHON" -m pytest "${options[@]}" "${KERNEL_TESTS[@]}" &
+    step tests 240 "$PYTHON" -m pytest "${options[@]}" "${KERNEL_TESTS[@]}" &
 else
     missing tests pytest
 fi
@@ -107,14 +108,14 @@ summarise
 step kernels 60 "$PYTHON" -m smca_benchmarks.kernel_times --json "$OUT/kernels.json"
 summarise
 # Writes its file after each workload, and begins none after --seconds.
-smca bench 200 bench --bars --seconds 170 --json "$OUT/bench.json"
+smca bench 170 bench --bars --seconds 140 --json "$OUT/bench.json"
 summarise
 picture=()
 "$PYTHON" -c "import matplotlib" 2>/dev/null && picture=(--picture "$OUT/profile.png")
 smca profile 30 profile --workload full-b2 --json "$OUT/profile.json" --trace "$OUT/trace.json" "${picture[@]}"
 summarise
 if "$PYTHON" -c "import scipy, torchvision" 2>/dev/null; then
-    smca bench-model 100 bench-model --quick --json "$OUT/bench-model.json"
+    smca bench-model 60 bench-model --quick --json "$OUT/bench-model.json"
 else
     missing bench-model "scipy or torchvision"
 fi

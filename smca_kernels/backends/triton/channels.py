@@ -102,10 +102,11 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 
 @triton.jit
 def wide_product(a, b):
-    """a · b in int64, of int32: one instruction, also in a loop, where the compiler would widen b once and multiply
-    64 bits.
+    """a · b in int64, of an int32 and a stride: one instruction where that is an int32, too.
+
+    The compiler would widen b once before a loop, and multiply 64 bits in it.
     """
-    if INTERPRETED:
+    if INTERPRETED or b.dtype == tl.int64:
         return a.to(tl.int64) * b
     return tl.inline_asm_elementwise("mul.wide.s32 $0, $1, $2;", "=l,r,r", [a, b], dtype=tl.int64, is_pure=True, pack=1)
 
