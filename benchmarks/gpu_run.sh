@@ -85,13 +85,13 @@ summarise
 
 # Side by side, as compiling the kernels on the host takes most of the time, and nothing here is timed.
 for dtype in float32 float16 bfloat16; do
-    smca "parity-$dtype" 240 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
+    smca "parity-$dtype" 230 parity --dtype "$dtype" --json "$OUT/parity-$dtype.json" --junit "$OUT/parity-$dtype.xml" &
 done
 if "$PYTHON" -c "import pytest" 2>/dev/null; then
     # Names each test as it ends, for a run that is cut off.
     options=(-v -p no:cacheprovider --junitxml="$OUT/tests.xml")
     "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n $(($(nproc) / 2)))
-    step tests 240 "$PYTHON" -m pytest "${options[@]}" "${KERNEL_TESTS[@]}" &
+    step tests 230 "$PYTHON" -m pytest "${options[@]}" "${KERNEL_TESTS[@]}" &
 else
     missing tests pytest
 fi

@@ -39,7 +39,7 @@ def test_gpu_run_goes_on_after_failures_and_records_each_step(tmp_path: Path) ->
     names = {"env", *PARITY_STEPS, "tests", "memcheck", "racecheck", "kernels", "bench", "bench-model", "profile"}
     assert set(steps) == names
     assert (steps["bench"]["status"], steps["bench"]["exit_code"]) == ("failed", 3)
-    assert f"bench --bars --seconds 170 --json {out}/bench.json" in (out / "bench.log").read_text()
+    assert f"bench --bars --seconds 140 --json {out}/bench.json" in (out / "bench.log").read_text()
 
 
 def test_gpu_run_passes_when_every_step_does(tmp_path: Path) -> None:
