@@ -89,6 +89,19 @@ def test_a_program_goes_to_the_sm_that_is_free_first() -> None:
     assert schedule.makespan([(5.0,), (1.0,), (3.0,)], single, 2)[0] == pytest.approx(5 * 60)
 
 
+def test_a_program_without_cycles_ends_at_once() -> None:
+    single = cost("key_major", "backward", blocks=1) | {"start_cycles": 0.0, "scale_cycles": 0.0}
+    assert schedule.makespan([(0.0,), (2.0,), (0.0,)], single, 1)[0] == pytest.approx(2 * 60)
+
+
+def test_prepare_has_a_program_for_every_block_and_scale() -> None:
+    prepare = cost("prepare", "backward") | {"elements_per_iteration": 0}
+    two_scales = Workload("two scales", 2, ((8, 20), (4, 10)), queries=65, heads=3)
+    programs = schedule.programs_of(prepare, two_scales, 1)
+    assert programs == [(1.0,)] * (2 * 3 * 2 * 2)
+    assert schedule.padding_of(prepare, programs, two_scales) == pytest.approx(128 / 65)
+
+
 def test_padding_counts_edges_of_tiles_and_the_last_block_of_queries() -> None:
     programs = schedule.programs_of(QUERY_MAJOR, TWO_TILES, 1)
     assert schedule.padding_of(QUERY_MAJOR, programs, TWO_TILES) == pytest.approx(2 * 128 / 160 * 128 / 65)
