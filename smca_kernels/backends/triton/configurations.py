@@ -81,7 +81,7 @@ FMA_CONFIGURATIONS = {
 # `direct` keys, in the key-major kernel of `keys` and `direct` queries.
 FLOAT32_CONFIGURATIONS: dict[tuple[str, bool], dict[int, Configuration]] = {
     ("forward", False): {
-        32: Configuration(64, 32, 32, 4, 1, None, 2),
+        32: Configuration(64, 16, 16, 4, 1, 168, 3),
         64: Configuration(64, 16, 16, 4, 1, None, 2),
         128: FMA_CONFIGURATIONS[128],
     },

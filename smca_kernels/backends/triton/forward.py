@@ -35,6 +35,7 @@ from smca_kernels.backends.triton.channels import (
     nearest_cell,
     next_cells,
     opaque,
+    precise_dot,
     prior_coefficients,
     queries_of_block,
     rounded,
@@ -207,7 +208,7 @@ def forward_kernel(
                     if seed is not None:
                         kept = keeps(row_key[:, None], dropout_key_key(key_index)[None, :], dropout_threshold)
                         p = tl.where(kept, p, 0.0)
-                    acc = dot(rounded(p, v.dtype), v, acc * rescale[:, None], PRECISION)
+                    acc = precise_dot(rounded(p, v.dtype), v, acc * rescale[:, None], PRECISION)
                     m = m_new
                     column, row, number = next_cells(column, row, number, x1, across, width, DIRECT_KEYS)
 

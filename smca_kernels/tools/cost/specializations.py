@@ -95,6 +95,7 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
     if torch_dtype == torch.float32:
         # Three products of TF32 make one, or six of bfloat16 at twice the rate; none is of the prior.
         flops = {"forward": 12 * head_dim, "query_major": 18 * head_dim, "key_major": 24 * head_dim}
+    queries = chosen.tile_n if name == "key_major" else chosen.block_n
     keys_of_scale = sum(height * width for height, width in FULL_WORKLOAD) // len(FULL_WORKLOAD)
     return Specialization(
         kernel=f"planned {name}" if planned and name in (*TILED, "prepare") else name,
@@ -111,7 +112,7 @@ def _specialization(arch: int, dtype: str, head_dim: int, pass_: str, name: str,
         num_stages=chosen.num_stages,
         max_registers=chosen.max_registers,
         fuses=chosen.fuses,
-        elements_per_iteration=chosen.tile_n * chosen.keys if name in TILED else 0,
+        elements_per_iteration=queries * chosen.keys if name in TILED else 0,
         tensor_flops_per_element=flops.get(name, 0),
         elements_per_program=chosen.block_n * keys_of_scale if name == "prepare" else 0,
         rare_loops=int(name in TILED and torch_dtype != torch.float32),
