@@ -189,11 +189,18 @@ def tiles_of_block(
 
 
 @triton.jit
+def splits_in_use(all_tiles, splits):
+    """Splits that have a run: of fewer tiles than splits, one each."""
+    return tl.maximum(tl.minimum(all_tiles, splits), 1)
+
+
+@triton.jit
 def run_of_split(all_tiles, split, splits, before, tiles):
     """First tile and number of those that a split takes of a scale which has `tiles`, with `before` shared before it.
 
     A split has an equal run of all tiles of all scales, one after the other. Tiles are fewer than 2³¹ / MAX_SPLITS.
     """
+    splits = splits_in_use(all_tiles, splits)
     start = before + SCALE_TILES
     first = all_tiles * split // splits - start
     end = all_tiles * (split + 1) // splits - start

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 TILED = ("forward", "query_major", "key_major")
-MERGED_ROWS = 16  # that a program merges: a part of every block_n
+MERGED_ROWS = 8  # that a program merges: a part of every block_n
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     """Compile-time arguments and launch options for merging what a kernel's splits have left."""
     sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "ROWS": MERGED_ROWS}
     # Triton 3.6 sums products of splits over lanes: as of a plan's sums, not contracted.
-    return sizes | {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    return sizes | {"num_warps": 2, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def dot_precision(arch: int, dtype: torch.dtype, chosen: Configuration) -> str:

@@ -12,8 +12,9 @@ import triton.language as tl
 from smca_kernels.backends.triton.channels import (
     SCALE_TILES,
     grid_of_scale,
+    load_rows,
     queries_of_block,
-    run_of_split,
+    splits_in_use,
     store_rows,
     tiles_of_block,
     tiles_to_share,
@@ -24,7 +25,7 @@ from smca_kernels.backends.triton.channels import (
 # What the query-major pass leaves of a query and scale: the sums of dS times (x - n), (y - n), ((x - c)² - (n - c)²),
 # that of y, and 1; then those of P.
 SUMS = tl.constexpr(10)
-AT_ONCE = tl.constexpr(8)  # splits whose rows are loaded together
+AT_ONCE = tl.constexpr(4)  # splits whose rows are loaded before the first is needed
 UNSPECIALIZED = [
     *("o_b", "o_h", "o_n", "dq_b", "dq_h", "dq_n", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t"),
     *("heads", "precision_heads", "weight_heads", "queries", "keys", "scales", "plan_size", "splits", "scale"),
@@ -41,7 +42,8 @@ def queries_of_part(plan, part, queries, BLOCK_N: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def splits_of_run(all_tiles, splits, before, tiles):
-    """First split with a run in a scale, and the one behind the last; between them some may have none."""
+    """First split with a run in a scale, and the one behind the last."""
+    splits = splits_in_use(all_tiles, splits)
     start = before + SCALE_TILES
     first = ((start + 1) * splits - 1) // all_tiles
     end = ((start + tiles) * splits - 1) // all_tiles + 1
@@ -57,6 +59,20 @@ def tiles_of_scale(
     height, width = valid_part(valid_shapes, b, s, scales, height, width)
     x0, y0, x1, y1 = window_of_block(plan, queries, block, s, scales, height, width)
     return tl.cdiv((x1 - x0) * (y1 - y0), KEYS)
+
+
+@triton.jit
+def sum_of_parts(parts, first, end, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Σ parts[rows + i · stride] over i from `first` to before `end`, one after the other: [ROWS, BLOCK], fp32."""
+    total = tl.zeros([rows.shape[0], BLOCK], tl.float32)
+    for some in range(first, end, AT_ONCE):
+        loaded = ()
+        for i in tl.static_range(AT_ONCE):
+            at = tl.minimum(some + i, end - 1) * stride + rows
+            loaded += (load_rows(parts, at, WIDTH, WIDTH, BLOCK),)
+        for i in tl.static_range(AT_ONCE):
+            total += tl.where(some + i < end, loaded[i], 0.0)
+    return total
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -81,16 +97,17 @@ def merge_outputs_kernel(
 ):  # fmt: skip
     """Output, outputs per scale and log-sum-exp: what one program a block would have stored."""
     parts_per_head = tl.cdiv(queries, ROWS)
-    batch_head = (tl.program_id(0) // parts_per_head).to(tl.int64)
-    b = batch_head // heads
-    h = batch_head % heads
+    batch_head = tl.program_id(0) // parts_per_head
+    b = (batch_head // heads).to(tl.int64)
+    h = (batch_head % heads).to(tl.int64)
+    batch_head = batch_head.to(tl.int64)
     if plan is not None:
         plan += batch_head * plan_size
     block, n, real = queries_of_part(plan, tl.program_id(0) % parts_per_head, queries, BLOCK_N, ROWS)
     all_tiles = tiles_of_block(plan, queries, block, valid_shapes, b, scales, g0, g1, g2, g3, g4, g5, g6, g7, KEYS)
     row = batch_head * queries + n
     rows = (tl.num_programs(0) // parts_per_head).to(tl.int64) * queries
-    d = tl.arange(0, BLOCK_D)[None, None, :]
+    weight_row = (b * weight_heads + h % weight_heads) * queries + n
     before = 0
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for s in range(scales):
@@ -100,26 +117,29 @@ def merge_outputs_kernel(
         scale_output = tl.zeros([ROWS, BLOCK_D], tl.float32)
         first, end = splits_of_run(all_tiles, splits, before, tiles)
         for some in range(first, end, AT_ONCE):
-            i = some + tl.arange(0, AT_ONCE)
-            has_run = (i < end) & (run_of_split(all_tiles, i, splits, before, tiles)[1] > 0)
-            at = (i[:, None] + s) * rows + row[None, :]
-            log_sums = tl.load(partial_lse + at, mask=has_run[:, None], other=-float("inf"))
-            within = has_run[:, None, None] & (d < HEAD_DIM)
-            parts = tl.load(partial_outputs + at[:, :, None] * HEAD_DIM + d, mask=within, other=0.0)
-            so_far = tl.maximum(largest, tl.max(log_sums, 0))
-            weight = tl.exp2(log_sums - so_far[None, :])
+            log_sums, parts = (), ()
+            for i in tl.static_range(AT_ONCE):
+                at = (tl.minimum(some + i, end - 1) + s) * rows + row
+                log_sums += (tl.where(some + i < end, tl.load(partial_lse + at), -float("inf")),)
+                parts += (load_rows(partial_outputs, at, HEAD_DIM, HEAD_DIM, BLOCK_D),)
+            so_far = largest
+            for i in tl.static_range(AT_ONCE):
+                so_far = tl.maximum(so_far, log_sums[i])
             rescale = tl.exp2(largest - so_far)
-            scale_output = scale_output * rescale[:, None] + tl.sum(weight[:, :, None] * parts, 0)
-            mass = mass * rescale + tl.sum(weight, 0)
+            scale_output *= rescale[:, None]
+            mass *= rescale
+            for i in tl.static_range(AT_ONCE):
+                weight = tl.exp2(log_sums[i] - so_far)
+                scale_output += weight[:, None] * parts[i]
+                mass += weight
             largest = so_far
         before += tiles_to_share(tiles)
         empty = mass == 0.0
         mass = tl.where(empty, 1.0, mass)
-        scale_output /= mass[:, None]
+        scale_output *= (1.0 / mass)[:, None]
         store_rows(scale_outputs, row * scales + s, HEAD_DIM, scale_output, real, HEAD_DIM, BLOCK_D)
         tl.store(lse + row * scales + s, tl.where(empty, 0.0, largest + tl.log2(mass)), mask=real)
         if scale_weights is not None:
-            weight_row = (b * weight_heads + h % weight_heads) * queries + n
             scale_output *= tl.load(scale_weights + weight_row * scales + s)[:, None]
         total += scale_output
     store_rows(out + (b * o_b + h * o_h) * UNIT, n, o_n * UNIT, total, real, HEAD_DIM, BLOCK_D)
@@ -147,40 +167,25 @@ def merge_query_gradients_kernel(
 ):  # fmt: skip
     """Gradients of query, center and precision, the last two from sums of dS corrected by those of P."""
     parts_per_head = tl.cdiv(queries, ROWS)
-    batch_head = (tl.program_id(0) // parts_per_head).to(tl.int64)
-    b = batch_head // heads
-    h = batch_head % heads
+    batch_head = tl.program_id(0) // parts_per_head
+    b = (batch_head // heads).to(tl.int64)
+    h = (batch_head % heads).to(tl.int64)
+    batch_head = batch_head.to(tl.int64)
     if plan is not None:
         plan += batch_head * plan_size
     block, n, real = queries_of_part(plan, tl.program_id(0) % parts_per_head, queries, BLOCK_N, ROWS)
     all_tiles = tiles_of_block(plan, queries, block, valid_shapes, b, scales, g0, g1, g2, g3, g4, g5, g6, g7, KEYS)
     row = batch_head * queries + n
     rows = (tl.num_programs(0) // parts_per_head).to(tl.int64) * queries
-    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    for some in range(0, splits, AT_ONCE):
-        i = some + tl.arange(0, AT_ONCE)
-        at = (i[:, None] * rows + row[None, :])[:, :, None] * HEAD_DIM + d
-        dq += tl.sum(tl.load(partial_queries + at, mask=(i < splits)[:, None, None] & (d < HEAD_DIM), other=0.0), 0)
+    dq = sum_of_parts(partial_queries, 0, splits, rows, row, HEAD_DIM, BLOCK_D)
     store_rows(grad_query + (b * dq_b + h * dq_h) * UNIT, n, dq_n * UNIT, dq * scale, real, HEAD_DIM, BLOCK_D)
     before = 0
     precision += ((b * precision_heads + h % precision_heads) * queries + n) * scales * 2
+    column = tl.arange(0, 16)[None, :]
     for s in range(scales):
         tiles = tiles_of_scale(plan, queries, block, valid_shapes, b, s, scales, g0, g1, g2, g3, g4, g5, g6, g7, KEYS)
-        column = tl.arange(0, 16)[None, :]
-        sums = tl.zeros([ROWS, 16], tl.float32)
         first, end = splits_of_run(all_tiles, splits, before, tiles)
-        for some in range(first, end, AT_ONCE):
-            each = some + tl.arange(0, AT_ONCE)
-            has_run = (each < end) & (run_of_split(all_tiles, each, splits, before, tiles)[1] > 0)
-            of_parts = (
-                partial_sums
-                + ((each[:, None] + s) * rows + row[None, :])[:, :, None] * SUMS
-                + tl.arange(0, 16)[None, None, :]
-            )
-            sums += tl.sum(
-                tl.load(of_parts, mask=has_run[:, None, None] & (tl.arange(0, 16) < SUMS)[None, None, :], other=0.0), 0
-            )
+        sums = sum_of_parts(partial_sums, first + s, end + s, rows, row, SUMS, 16)
         total = tl.sum(tl.where(column == 4, sums, 0.0), 1)
         p_total = tl.sum(tl.where(column == 9, sums, 0.0), 1)
         # δ' comes from a P rounded for the product with v: take off what it leaves of Σ dS, which is 0.
@@ -225,21 +230,16 @@ def merge_key_gradients_kernel(
 ):  # fmt: skip
     """Gradients of key and value."""
     parts_per_head = tl.cdiv(keys, ROWS)
-    batch_head = (tl.program_id(0) // parts_per_head).to(tl.int64)
-    b = batch_head // heads
-    h = batch_head % heads
+    batch_head = tl.program_id(0) // parts_per_head
+    b = (batch_head // heads).to(tl.int64)
+    h = (batch_head % heads).to(tl.int64)
+    batch_head = batch_head.to(tl.int64)
     t = tl.program_id(0) % parts_per_head * ROWS + tl.arange(0, ROWS)
     real = t < keys
     t = tl.minimum(t, keys - 1)
     rows = (tl.num_programs(0) // parts_per_head).to(tl.int64) * keys
-    dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    for some in range(0, splits, AT_ONCE):
-        i = some + tl.arange(0, AT_ONCE)
-        at = (i[:, None] * rows + (batch_head * keys + t)[None, :])[:, :, None] * HEAD_DIM + d
-        within = (i < splits)[:, None, None] & (d < HEAD_DIM)
-        dk += tl.sum(tl.load(partial_keys + at, mask=within, other=0.0), 0)
-        dv += tl.sum(tl.load(partial_values + at, mask=within, other=0.0), 0)
+    row = batch_head * keys + t
+    dk = sum_of_parts(partial_keys, 0, splits, rows, row, HEAD_DIM, BLOCK_D)
+    dv = sum_of_parts(partial_values, 0, splits, rows, row, HEAD_DIM, BLOCK_D)
     store_rows(grad_key + (b * dk_b + h * dk_h) * UNIT, t, dk_t * UNIT, dk, real, HEAD_DIM, BLOCK_D)
     store_rows(grad_value + (b * dv_b + h * dv_h) * UNIT, t, dv_t * UNIT, dv, real, HEAD_DIM, BLOCK_D)
