@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from smca_kernels import smca_attention
 from smca_kernels.testing.machine import launcher
 from smca_kernels.testing.machine.launcher import Session, on_machine, run_kernel
 from smca_kernels.testing.machine.memory import Faults
@@ -238,6 +239,15 @@ def run_known(name: str, arch: int) -> tuple[Faults, float, float]:
     torch.manual_seed(0)
     session, error, tolerance = case.run(arch, **case.options)
     return session.faults, error, tolerance
+
+
+def value_and_output_of_one_key(arch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A single key's value and what the compiled kernels make of it, which is its value times a weight of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = torch.randn(3, 4, 2, 1, 32, generator=generator)
+    center, precision = torch.rand(2, 4, 2, 1, 1, 2, generator=generator)
+    with launcher.smca_on_machine(arch):
+        return value, smca_attention(query, key, value, center, precision, [(1, 1)], backend="triton")
 
 
 def kernels_kept(limit: int) -> tuple[int, int]:

@@ -16,7 +16,8 @@ import pytest
 pytest.importorskip("triton")
 
 import machine_prior
-from machine_kernels import IS_UNFENCED
+import torch
+from machine_kernels import IS_UNFENCED, value_and_output_of_one_key
 from machine_prior import GEOMETRIES
 
 from smca_kernels.testing.cases import Case
@@ -66,6 +67,12 @@ def test_compiled_kernels_are_within_budget_and_without_a_fault(
         assert {"survey_kernel", "window_kernel"} <= kernels
     if compiled_case in (SPLIT, SMALL_SPLIT):
         assert dict(outcome.launches)["forward_kernel"][1] > 1
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_single_key_gives_its_value_to_the_bit_in_float32(arch: int, compiled: Compiled) -> None:
+    value, output = compiled(value_and_output_of_one_key, arch, int(os.environ["SMCA_SEED"]))
+    assert torch.equal(output, value)
 
 
 @pytest.mark.parametrize(("arch", "dtype", "geometry"), PRIORS)
