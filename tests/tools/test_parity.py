@@ -171,6 +171,7 @@ def test_draws_are_of_the_seeds_that_follow_and_a_failure_names_its_own(
         (["--junit", "."], "--junit must name a file in an existing folder, got ."),
         (["--device", "toaster"], "--device toaster can't be used"),
         (["--device", "cuda:99"], "--device cuda:99 can't be used"),
+        (["--seed", "2147483647", "--draws", "2"], "--draws must leave .*, got 2 from seed 2147483647 on"),
     ],
 )  # fmt: skip
 def test_arguments_that_can_not_work_raise_before_any_case(arguments: list[str], message: str) -> None:

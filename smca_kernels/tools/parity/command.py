@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """`smca parity`: exit status 0 if every case kept its budget, 1 if one did not or none ran.
 
     Raises:
-        ValueError: for options that exclude each other, a device that can't be used, a file whose folder does not
-            exist, and for --compiled without Triton.
+        ValueError: for options that exclude each other, draws whose seeds could not be repeated, a device that can't
+            be used, a file whose folder does not exist, and for --compiled without Triton.
     """
     check_output_files({"--json": args.json, "--junit": args.junit})
     if args.compiled is not None and (args.backend is not None or args.device is not None):
@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         # Triton reads this when it is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
-    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    seed = secrets.randbelow(2**31 - args.draws + 1) if args.seed is None else args.seed
+    if seed + args.draws > 2**31:
+        raise ValueError(f"--draws must leave the last seed below 2**31, got {args.draws} from seed {seed} on")
     seeds = range(seed, seed + args.draws)
     environment = _environment(device)
     if args.compiled is not None:
