@@ -232,11 +232,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`smca detect`: exit status 0, or 1 with a list of what it left out: files that can't be read, too long names.
 
-    What SIGINT or SIGTERM ended is written as far as it was, with the status 128 + the signal's number.
+    What SIGINT, SIGTERM or an error ended is written as far as it was; a signal with the status 128 + its number.
 
     Raises:
         ValueError: when it can't start, and when nothing can be read.
         OSError: with the file's name, when nothing more can be written.
+        torch.OutOfMemoryError: for a batch.
     """
     check_packages(("matplotlib", "safetensors", "torchvision", "tqdm"), "model,demo")
     if not args.images and args.webcam is None:
@@ -270,16 +271,19 @@ def run(args: argparse.Namespace) -> int:
         shown = model if args.attention else None
     make_folder("--out", args.out)
     work = _Work(args, model, shown)
-    with work.stop, float32_products(args.precision), autocast(args.precision, device):
-        work.do_images(images)
-        work.do_videos(videos)
+    try:
+        with work.stop, float32_products(args.precision), autocast(args.precision, device):
+            work.do_images(images)
+            work.do_videos(videos)
+    finally:  # what was found before an error, too
+        report = [work.entries[file] for file in (*images, *videos, Path("webcam")) if file in work.entries]
+        if report:
+            write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
     left_out = [told for file in (*images, *videos, Path("webcam")) for told in work.left_out.get(file, ())]
-    if not work.entries:
+    if not report:
         if work.stop.number:
             return 128 + work.stop.number
         raise ValueError("\n".join(left_out))
-    report = [work.entries[file] for file in (*images, *videos, Path("webcam")) if file in work.entries]
-    write_text(args.out / "detections.json", json.dumps(report, indent=1) + "\n")
     counts = [f"{number} {what}" for what, number in work.counts.items() if number]
     print(
         f"{work.objects} objects of score {args.threshold:g} or more in {' and '.join(counts)}, in {args.out}; "

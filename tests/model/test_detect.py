@@ -154,6 +154,26 @@ def test_what_was_found_before_a_stop_is_written(
     assert signal.getsignal(number) == before
 
 
+def test_what_was_found_before_memory_ran_out_is_written(
+    weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [write_image(tmp_path / "images" / f"{name}.png") for name in "abcd"]
+    real, batches = detect.detect, []
+
+    def detect_one_batch(model: SMCA, images: list[torch.Tensor], threshold: float) -> list[dict[str, torch.Tensor]]:
+        batches.append(images)
+        if len(batches) == 2:
+            raise torch.OutOfMemoryError("out of memory; a smaller --batch-size may help")
+        return real(model, images, threshold=threshold)
+
+    monkeypatch.setattr(detect, "detect", detect_one_batch)
+    command = ["detect", str(tmp_path / "images"), "--weights", str(weights_file), "--out", str(tmp_path / "found")]
+    assert cli.main([*command, "--batch-size", "2"]) == 1
+    assert "smca detect: error: out of memory; a smaller --batch-size may help" in capsys.readouterr().err
+    report = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert [each["image"] for each in report] == list(map(str, files[:2]))
+
+
 def test_a_stop_before_anything_was_found_writes_nothing(
     weights_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
