@@ -66,7 +66,7 @@ def sum_of_parts(parts, first, end, stride, rows, WIDTH: tl.constexpr, BLOCK: tl
     """Σ parts[rows + i · stride] over i from `first` to before `end`, one after the other: [ROWS, BLOCK], fp32."""
     total = tl.zeros([rows.shape[0], BLOCK], tl.float32)
     for some in range(first, end, AT_ONCE):
-        loaded = ()
+        loaded = tl.tuple(())
         for i in tl.static_range(AT_ONCE):
             at = tl.minimum(some + i, end - 1) * stride + rows
             loaded += (load_rows(parts, at, WIDTH, WIDTH, BLOCK),)
@@ -117,7 +117,7 @@ def merge_outputs_kernel(
         scale_output = tl.zeros([ROWS, BLOCK_D], tl.float32)
         first, end = splits_of_run(all_tiles, splits, before, tiles)
         for some in range(first, end, AT_ONCE):
-            log_sums, parts = (), ()
+            log_sums, parts = tl.tuple(()), tl.tuple(())
             for i in tl.static_range(AT_ONCE):
                 at = (tl.minimum(some + i, end - 1) + s) * rows + row
                 log_sums += (tl.where(some + i < end, tl.load(partial_lse + at), -float("inf")),)
