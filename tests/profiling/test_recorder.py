@@ -258,16 +258,21 @@ def test_width_is_finite_as_long_as_the_quantile_is() -> None:
     assert prior_width(precision[:0]) == (None, None)
 
 
+def keys_of_a_tile(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    configurations = pytest.importorskip("smca_kernels.backends.triton.configurations")
+    return int(configurations.configuration("forward", configurations.architecture(device), dtype, head_dim).keys)
+
+
 def test_tiles_are_those_with_a_valid_cell(generator: torch.Generator) -> None:
-    pytest.importorskip("triton")
+    keys = keys_of_a_tile(torch.device("cpu"), torch.float32, 16)
     valid = torch.tensor([[(9, 5)], [(1, 4)], [(0, 3)]])
     case = Case("tiles", ((9, 10),), batch=3, heads=1, queries=70, head_dim=16, mask="valid_shapes")
     inputs = make_inputs(case, generator)
     inputs = dataclasses.replace(inputs, valid_shapes=valid, mass_tolerance=0.0)
     call = RecordedCall.of("triton", reference.attention, inputs)
-    # Tiles of float32 are of 64 queries and 32 keys; two blocks of queries, 3 tiles of a grid of 90 cells.
-    walked = [math.ceil(height * width / 32) for ((height, width),) in valid.tolist()]
-    assert call.tiles() == [(2 * sum(walked), 2 * (3 * 3 - sum(walked)))]
+    # Two blocks of queries look at all valid cells.
+    walked = [math.ceil(height * width / keys) for ((height, width),) in valid.tolist()]
+    assert call.tiles() == [(2 * sum(walked), 2 * (3 * math.ceil(90 / keys) - sum(walked)))]
 
 
 def test_tiles_are_those_of_the_plan(
@@ -275,14 +280,15 @@ def test_tiles_are_those_of_the_plan(
 ) -> None:
     launch = pytest.importorskip("smca_kernels.backends.triton.launch")
     monkeypatch.setattr(launch, "MIN_PLANNED_ELEMENTS", 0)
-    # One cell of a corner has it all: each query of the block looks at the first of 13 tiles, and no farther.
+    tiles = math.ceil(20 * 20 / keys_of_a_tile(device, torch.float32, 16))
+    # One cell of a corner has it all: each query of the block looks at the first tile, and no farther.
     inputs = make_inputs(Case("tiles", ((20, 20), (2, 2)), queries=9, head_dim=16), generator, device)
     corner = torch.zeros_like(inputs.center)
     inputs = dataclasses.replace(inputs, center=corner, precision=torch.full_like(corner, 100.0))
     with smca_kernels.profile(repeats=1) as profile, torch.no_grad():
         smca_attention(**inputs.arguments(), backend="triton")
         smca_attention(**inputs.arguments() | {"mass_tolerance": 0.0}, backend="triton")
-    assert [(row.tiles, row.tiles_skipped) for row in profile.rows()] == [(1, 12), (1, 0), (13, 0), (1, 0)]
+    assert [(row.tiles, row.tiles_skipped) for row in profile.rows()] == [(1, tiles - 1), (1, 0), (tiles, 0), (1, 0)]
 
 
 def test_a_backend_without_tiles_has_none(generator: torch.Generator) -> None:
