@@ -210,7 +210,7 @@ def _launch_arguments(
 def merge_arguments(head_dim: int, unit: int) -> dict[str, Any]:
     """Compile-time arguments and launch options for merging what a kernel's splits have left."""
     sizes = {"UNIT": unit, "HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "ROWS": MERGED_ROWS}
-    # Triton 3.6 sums products of splits over lanes: as of a plan's sums, not contracted.
+    # Moments are corrected by a product that is summed over lanes: as of a plan's sums, not contracted.
     return sizes | {"num_warps": 2, "num_stages": 1, "enable_fp_fusion": False}
 
 
